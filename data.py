@@ -1,0 +1,273 @@
+"""Pictures in and out: the embedded emoji, folders of images, the ADM crop, and an order that needs no memory.
+
+Everything random about a training sample (its place in the shuffled order, noise, time, dropped label, crop, flip) is a
+function of (seed, number of the sample), where the run's samples are numbered 0, 1, 2, ... in the order in which they
+are used: sample `step * batch_size + slot`. So there is no generator state to save, a resumed run draws what the
+interrupted one would have drawn, and neither the number of processes nor of loader workers changes a single number.
+Left out: videos, captions, aspect-ratio buckets.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import struct
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from flow import sample_time
+
+ASSETS = pathlib.Path(__file__).parent / "assets"
+EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+# Pillow only warns above 89 million pixels; a header that claims more is a mistake or an attack, so it becomes an error.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+class DataError(ValueError):
+    """A picture or a data set that cannot be used. One line: which path, what is wrong, what to do."""
+
+
+def keyed_generator(*key):
+    """A torch.Generator whose state depends on the whole numbers in `key` and on nothing else.
+
+    The key is hashed first: seeds 0, 1, 2, ... given to a generator directly would start related streams.
+    """
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def from_uint8(u8):
+    """Pixels 0..255 of any shape -> float32 in [-1, 1]."""
+    return u8.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Floats in [-1, 1], any shape, clipped -> pixels 0..255. Adding 0.5 and cutting off is rounding (released model)."""
+    return ((x.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def read_image(path):
+    """A JPEG, PNG or WEBP file as an RGB picture; gray and palettes are converted, transparency goes over white.
+
+    Sixteen-bit gray is scaled, where Pillow would clip it. EXIF is ignored, as ADM does. Raises DataError, naming the
+    path, for whatever cannot be read completely: nothing is ever put in its place.
+    """
+    try:
+        image = Image.open(path, formats=["JPEG", "PNG", "WEBP"])
+        image.load()
+        if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
+            image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{path} claims to be larger than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: remove it")
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        reason = "empty file" if os.path.exists(path) and os.path.getsize(path) == 0 else str(error).splitlines()[0]
+        raise DataError(f"{path} is not a readable JPEG, PNG or WEBP image ({reason}): repair or remove it")
+
+
+def _short_side(image, size):
+    """The ADM resize: halve with BOX while possible, then BICUBIC so that the short side is `size` pixels."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
+    scale = size / min(image.size)
+    return image.resize(tuple(round(side * scale) for side in image.size), Image.BICUBIC)
+
+
+def _bounded(image, size):
+    """The middle of a very long picture. Scaling a whole 1x5000 line to 256 rows would take a gigabyte for nothing."""
+    width, height = image.size
+    limit = 32 * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+def center_crop(pil_image, size):
+    """The size x size middle of a picture, scaled so that the short side fits: ADM's preparation, bit for bit."""
+    image = _short_side(_bounded(pil_image, size), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(pil_image, size, generator):
+    """`--augment`: the same scaling, then a random size x size window, mirrored half the time."""
+    image = _short_side(_bounded(pil_image, size), size)
+    left = int(torch.randint(image.width - size + 1, (), generator=generator))
+    top = int(torch.randint(image.height - size + 1, (), generator=generator))
+    image = image.crop((left, top, left + size, top + size))
+    return image.transpose(Image.FLIP_LEFT_RIGHT) if torch.rand((), generator=generator) < 0.5 else image
+
+
+# ---- data sets: .classes, .labels, .fingerprint, len(), [i] -> (uint8 (3, H, W), label) ------------------------------
+
+
+class Emoji:
+    """The 1,906 drawings in assets/, nine classes, at 64 pixels or averaged over 2x2 boxes at 32."""
+
+    classes = EMOJI_CLASSES
+
+    def __init__(self, resolution, augment=False):
+        if resolution not in (32, 64):
+            raise DataError(f"the emoji come at resolution 32 or 64, not {resolution}")
+        with np.load(ASSETS / "noto_emoji_64.npz") as archive:
+            images, self.labels = torch.from_numpy(archive["images"]), archive["labels"].tolist()
+        images = images.permute(0, 3, 1, 2).float()  # (N, 3, 64, 64)
+        if resolution == 32:
+            images = torch.nn.functional.avg_pool2d(images, 2)  # (N, 3, 32, 32)
+        self.images = images.round().to(torch.uint8)
+        self.augment = augment
+        self.fingerprint = f"emoji {len(self.labels)}"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i, generator=None):
+        image = self.images[i]  # (3, H, W)
+        if self.augment and generator is not None and torch.rand((), generator=generator) < 0.5:
+            image = image.flip(-1)  # the drawings fill their square, so mirroring is all the augmentation there is
+        return image, self.labels[i]
+
+
+class ImageFolder:
+    """A folder with one folder of pictures per class, like ImageNet's train/. Classes are the sorted folder names."""
+
+    def __init__(self, root, resolution, augment=False):
+        root = pathlib.Path(root)
+        if not root.is_dir():
+            raise DataError(f"there is no data folder {root}: give --data emoji, or a folder of class folders")
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        if not self.classes:
+            raise DataError(f"{root} has no class folders: it must hold one folder of images per class")
+        self.paths, self.labels, self.resolution, self.augment = [], [], resolution, augment
+        for label, name in enumerate(self.classes):
+            paths = list_images(root / name)
+            self.paths += paths
+            self.labels += [label] * len(paths)
+        names = "\n".join(str(path.relative_to(root)) for path in self.paths)
+        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i, generator=None):
+        image = read_image(self.paths[i])
+        if self.augment and generator is not None:
+            image = random_crop(image, self.resolution, generator)
+        else:
+            image = center_crop(image, self.resolution)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[i]  # (3, H, W)
+
+
+def list_images(folder):
+    """The JPEG, PNG and WEBP files below a folder, sorted. DataError if there are none."""
+    paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
+             if name.lower().endswith(SUFFIXES)]  # fmt: skip
+    if not paths:
+        raise DataError(f"{folder} holds no JPEG, PNG or WEBP images")
+    return [pathlib.Path(path) for path in sorted(paths)]
+
+
+def open_dataset(spec, resolution, augment=False):
+    """The data set that `--data` names: "emoji", or a folder of class folders. Raises DataError.
+
+    It has len(), [i] -> (uint8 (3, resolution, resolution), class index), .classes (names), .labels and .fingerprint (a
+    text that changes when pictures are added, removed or renamed).
+    """
+    return Emoji(resolution, augment) if str(spec) == "emoji" else ImageFolder(spec, resolution, augment)
+
+
+# ---- the order of training -------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def _shuffled(seed, epoch, length):
+    return torch.randperm(length, generator=keyed_generator(seed, 1, epoch)).numpy()
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """Sample number k of a run, for any k: the picture and every random number that training on it needs.
+
+    [k] -> dict of image uint8 (3, H, W), noise float32 (3, H, W), t (), y () and index () of the picture. Epoch follows
+    epoch without a gap, each in an order of its own. With probability drop_label, y is "no class" (the number of classes).
+    """
+
+    def __init__(self, dataset, seed, drop_label=0.1, shift=1.0):
+        self.dataset, self.seed, self.drop_label, self.shift = dataset, seed, drop_label, shift
+
+    def __getitem__(self, k):
+        epoch, place = divmod(k, len(self.dataset))
+        index = int(_shuffled(self.seed, epoch, len(self.dataset))[place])
+        generator = keyed_generator(self.seed, 2, k)
+        t = sample_time(1, self.shift, generator)[0]
+        dropped = torch.rand((), generator=generator) < self.drop_label
+        image, label = self.dataset.__getitem__(index, generator)
+        noise = torch.randn(image.shape, generator=generator)
+        return {"image": image, "noise": noise, "t": t, "y": len(self.dataset.classes) if dropped else label, "index": index}
+
+
+class BatchNumbers:
+    """The sample numbers of each micro-batch of one rank, from `step` to `steps`: what the loader fetches, in order."""
+
+    def __init__(self, step, steps, batch_size, micro_batch, rank=0, world=1):
+        self.step, self.steps, self.batch_size, self.micro_batch = step, steps, batch_size, micro_batch
+        self.share, self.rank = batch_size // world, rank
+
+    def __len__(self):
+        return (self.steps - self.step) * (self.share // self.micro_batch)
+
+    def __iter__(self):
+        for step in range(self.step, self.steps):
+            first = step * self.batch_size + self.rank * self.share
+            for start in range(first, first + self.share, self.micro_batch):
+                yield list(range(start, start + self.micro_batch))
+
+
+def training_batches(dataset, numbers, seed, drop_label, shift, workers, pin):
+    """An iterator over the batches that `numbers` lists, made by `workers` processes ahead of time (0: in this one)."""
+    loader = torch.utils.data.DataLoader(
+        TrainingSamples(dataset, seed, drop_label, shift),
+        batch_sampler=numbers,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+# ---- pictures for people ---------------------------------------------------------------------------------------------
+
+
+def picture_grid(images, columns=None, titles=None):
+    """uint8 images (N, 3, H, W) -> one RGB picture, row by row, with 2 white pixels between; `titles` names the rows."""
+    count, _, height, width = images.shape
+    columns = columns or min(count, max(1, round(count**0.5)))
+    rows = -(-count // columns)
+    margin = 8 + max(len(title) for title in titles) * 6 if titles else 0  # Pillow's own font is 6 pixels wide
+    sheet = Image.new("RGB", (margin + columns * (width + 2) + 2, rows * (height + 2) + 2), "white")
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        row, column = divmod(i, columns)
+        sheet.paste(Image.fromarray(image), (margin + 2 + column * (width + 2), 2 + row * (height + 2)))
+    for row, title in enumerate(titles or []):
+        place = (margin - 4, 2 + row * (height + 2) + height // 2)
+        ImageDraw.Draw(sheet).text(place, title, fill="black", anchor="rm")
+    return sheet
+
+
+def save_gif(path, frames, milliseconds=80, hold=1500):
+    """Pictures of one size -> an endless GIF, the last frame held for `hold` milliseconds."""
+    palette = frames[-1].quantize(255)  # one palette for all frames, taken from the finished picture: no flicker
+    durations = [milliseconds] * (len(frames) - 1) + [hold]
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -1,0 +1,103 @@
+"""The machine under the program: which device, which precision, whether it can compile, how fast it multiplies.
+
+The scripts ask here, and the answers are the same for training, sampling and measuring. Nothing else depends on the
+device, but for one line of the attention in model.py.
+"""
+
+import contextlib
+import os
+import time
+
+import torch
+
+# Dense bf16 matrix-product peaks in FLOP/s, from the makers' data sheets; for the utilisation (MFU) in logs and plans.
+PEAKS = {"a100": 312e12, "h100": 989e12}
+
+
+class DeviceError(ValueError):
+    """A device or precision that this machine does not have. One line."""
+
+
+def pick_device(name="auto", local_rank=0):
+    """torch.device for --device: auto takes cuda, then mps, then cpu. DeviceError if the named one is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def pick_precision(name, device):
+    """"bf16" or "fp32" for --precision. auto takes bf16 where matrix products in it are the faster ones.
+
+    That is on GPUs, and on CPUs with AMX or AVX512-BF16 instructions; elsewhere a CPU emulates bf16 slowly.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16"
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+
+
+def autocast(device, precision):
+    """The context in which a forward pass runs: matrix products in bf16, weights and sums in float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def compiler_trouble():
+    """Why torch.compile cannot work here, in a few words, or None if it can: it is tried on one small function."""
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8))
+    except Exception as error:  # noqa: BLE001  whatever goes wrong in there, the answer is "then without"
+        return str(error).strip().splitlines()[0][:120]
+    finally:
+        torch.compiler.reset()
+    return None
+
+
+def matmul_rate(dtype, device="cpu", size=4096, tries=5):
+    """Best FLOP/s of a size^3 matrix product in `dtype`: the limit that speeds here are shares of."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(tries + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device):
+    """Waits until a GPU has done what it was given, for honest timings; nothing to do on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_flops(device):
+    """Data-sheet bf16 FLOP/s of this GPU, or None where PEAKS does not know it."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def available_memory(device):
+    """Free bytes: of the GPU's memory, or of the machine's where the system tells; else None."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pages = getattr(os, "sysconf_names", {}).get("SC_AVPHYS_PAGES")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if pages else None

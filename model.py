@@ -1,0 +1,292 @@
+"""PixNerd: a diffusion transformer on pixels (paper section 3; Eq. 5 and 6 for the trunk, 9 to 11 for the decoder).
+
+    noisy image (B, C, H, W) -> patches -> tokens (B, L, D) -> blocks, told time and class -> tokens (B, L, D)
+                                                -> each token decodes its patch by a neural field -> velocity (B, C, H, W)
+
+Letters, with one meaning from top to bottom: B batch, C=3 colours, H and W image, P patch side, L = (H/P)(W/P)
+tokens, D width, Nh heads, Dh = D/Nh head width, M hidden width of the SwiGLU, P2 = P*P.
+Left out: the paper's text-to-image model (section 4.6), which replaces the class embedding by text tokens.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from neural_field import ENCODINGS, FIELD_NORMS, NeuralField, RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class PixNerdConfig:
+    """Everything that decides the shapes and the arithmetic of a model; saved inside every checkpoint.
+
+    Raises ValueError, naming the field, for values that make no model.
+    """
+
+    num_classes: int = 1000
+    resolution: int = 256  # side of the training images; the model itself takes any size that patch_size divides
+    patch_size: int = 16
+    hidden_size: int = 1152  # D
+    num_heads: int = 16  # Nh
+    depth: int = 26  # transformer blocks
+    decoder: str = "field"  # "field", or "linear": one layer per token, the paper's Baseline-L/16
+    field_depth: int = 4  # blocks of the neural field
+    field_width: int = 64  # Dp
+    field_ratio: int = 2  # r
+    field_norm: str = "output"  # none, first, both, output: how much of the field is normalised (section 4.2)
+    encoding: str = "dct"  # dct (Eq. 12) or sincos (Eq. 7)
+    num_freqs: int = 8  # F
+
+    def __post_init__(self):
+        for name, allowed in (("decoder", ("field", "linear")), ("field_norm", FIELD_NORMS), ("encoding", tuple(ENCODINGS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads} "
+                             "(rotary embedding turns pairs of elements for two axes)")  # fmt: skip
+        self.token_grid(self.resolution, self.resolution)
+
+    def token_grid(self, height, width):
+        """(rows, columns) of tokens in an image of height x width pixels. ValueError if patches do not fill it."""
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"an image of {height}x{width} pixels cannot be cut into patches of {self.patch_size}: "
+                             f"both sides must be multiples of {self.patch_size}")  # fmt: skip
+        return height // self.patch_size, width // self.patch_size
+
+
+# L and XL are the paper's (sections 4.1, 4.2); B and S keep DiT's shapes of those names with L's field; Nano is ours,
+# for 32-pixel pictures on a laptop. Parameters at 1,000 classes: S 42 M, B 146 M, L 452 M, XL 701 M.
+PRESETS = {
+    "Nano": PixNerdConfig(num_classes=9, resolution=32, patch_size=8, hidden_size=256, num_heads=4, depth=6,
+                          field_depth=2, field_width=32),
+    "S": PixNerdConfig(hidden_size=384, num_heads=6, depth=12, field_depth=2),
+    "B": PixNerdConfig(hidden_size=768, num_heads=12, depth=12, field_depth=2),
+    "L": PixNerdConfig(hidden_size=1024, num_heads=16, depth=22, field_depth=2),
+    "XL": PixNerdConfig(hidden_size=1152, num_heads=16, depth=26, field_depth=4),
+}  # fmt: skip
+
+
+def patchify(x, height, width):
+    """Cuts x (B, C, H, W) into patches of height x width pixels, row by row: (B, L, C, height*width)."""
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // height, height, W // width, width)  # (B, C, rows, height, columns, width)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C, height * width)  # (B, L, C, height*width)
+
+
+def unpatchify(patches, rows, height, width):
+    """The inverse of `patchify`: (B, L, C, height*width), `rows` of patches -> (B, C, H, W)."""
+    B, L, C, _ = patches.shape
+    x = patches.view(B, rows, L // rows, C, height, width)  # (B, rows, columns, C, height, width)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, rows * height, L // rows * width)  # (B, C, H, W)
+
+
+def rotary_table(rows, columns, head_width, device=None):
+    """Cosines and sines that turn queries and keys by their place in the image: (2, L, Dh/2), float32.
+
+    Places run from 0 to 16 along each axis whatever the number of tokens (so a larger grid interpolates), and the
+    frequencies are 10000^(-k/Dh) for k = 0, 4, 8, ...; pair 2j turns by x * f_j, pair 2j+1 by y * f_j (released model).
+    """
+    freqs = 1 / 10000 ** (torch.arange(0, head_width, 4, device=device) / head_width)  # (Dh/4)
+    y = torch.linspace(0, 16, rows, device=device).view(rows, 1, 1) * freqs  # (rows, 1, Dh/4)
+    x = torch.linspace(0, 16, columns, device=device).view(1, columns, 1) * freqs  # (1, columns, Dh/4)
+    angles = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (rows, columns, Dh/4, 2): x, y, x, y, ...
+    angles = angles.reshape(rows * columns, head_width // 2)  # (L, Dh/2)
+    return torch.stack([angles.cos(), angles.sin()])  # (2, L, Dh/2)
+
+
+def rotate(x, table):
+    """Turns neighbouring pairs of x (B, Nh, L, Dh) by the angles of `table` (2, L, Dh/2). Same shape out."""
+    cos, sin = table  # (L, Dh/2) each
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, Nh, L, Dh/2) each
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)  # (B, Nh, L, Dh/2, 2)
+    return turned.flatten(-2).type_as(x)  # (B, Nh, L, Dh)
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens; queries and keys are normalised, then turned by the rotary embedding."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = RMSNorm(width // num_heads)  # keeps the logits bounded, so that bf16 training stays stable
+        self.k_norm = RMSNorm(width // num_heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, h, rope):
+        qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, Nh, Dh)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, Nh, L, Dh) each
+        q = rotate(self.q_norm(q), rope)  # (B, Nh, L, Dh)
+        k = rotate(self.k_norm(k), rope)  # (B, Nh, L, Dh)
+        if h.device.type == "cpu":
+            # CPUs have no fast backward kernel for bf16 attention: 10 ms against 2 ms in float32 (Nano, batch 64).
+            with torch.autocast("cpu", enabled=False):
+                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).type_as(v)  # (B, Nh, L, Dh)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)  # (B, Nh, L, Dh)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward layer of LLaMA: one linear layer gates another. Two thirds of 4D keeps the usual cost."""
+
+    def __init__(self, width):
+        super().__init__()
+        inner = int(2 * 4 * width / 3)  # M
+        self.w1 = nn.Linear(width, inner, bias=False)
+        self.w3 = nn.Linear(width, inner, bias=False)
+        self.w2 = nn.Linear(inner, width, bias=False)
+
+    def forward(self, h):
+        return self.w2(F.silu(self.w1(h)) * self.w3(h))  # (B, L, M) -> (B, L, D)
+
+
+class Block(nn.Module):
+    """A transformer block whose normalisations are shifted, scaled and gated by time and class (AdaLN, DiT)."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.norm1, self.attn = RMSNorm(width), Attention(width, num_heads)
+        self.norm2, self.mlp = RMSNorm(width), SwiGLU(width)
+        # Default initialisation, as in the released model; DiT starts it at zero ("AdaLN-zero").
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, h, c, rope):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)  # (B, 1, D) each
+        h = h + gate_a * self.attn(self.norm1(h) * (1 + scale_a) + shift_a, rope)  # (B, L, D)
+        h = h + gate_m * self.mlp(self.norm2(h) * (1 + scale_m) + shift_m)  # (B, L, D)
+        return h  # (B, L, D)
+
+
+class TimeEmbedding(nn.Module):
+    """Time as 128 cosines and sines, then a two-layer MLP: t (B) in [0, 1] -> (B, D)."""
+
+    def __init__(self, width):
+        super().__init__()
+        # Frequencies fall from 1 to 1/10, not to 1/10,000 as in DiT, where t counts to 1,000 (released model).
+        freqs = torch.exp(-math.log(10) * torch.arange(128, device="cpu") / 128)  # (128)
+        self.register_buffer("freqs", freqs, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        angles = t.float()[:, None] * self.freqs  # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))  # (B, D)
+
+
+class LinearDecoder(nn.Module):
+    """The paper's baseline (Eq. 6): AdaLN, then one linear layer from a token to all the velocities of its patch."""
+
+    def __init__(self, width, patch_size, channels=3):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, channels * patch_size**2)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, h, c):
+        shift, scale = self.modulation(c).chunk(2, dim=-1)  # (B, 1, D) each
+        return self.output(self.norm(h) * (1 + scale) + shift)  # (B, L, C*P2)
+
+
+class PixNerd(nn.Module):
+    """The whole model. Class index `config.num_classes` stands for "no class" (classifier-free guidance)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, P = config.hidden_size, config.patch_size
+        self.patch_embed = nn.Linear(3 * P * P, D)
+        self.time_embed = TimeEmbedding(D)
+        self.class_embed = nn.Embedding(config.num_classes + 1, D)
+        self.blocks = nn.ModuleList(Block(D, config.num_heads) for _ in range(config.depth))
+        if config.decoder == "field":
+            self.decoder = NeuralField(D, P, config.field_width, config.field_ratio, config.field_depth,
+                                       config.num_freqs, config.encoding, config.field_norm)  # fmt: skip
+        else:
+            self.decoder = LinearDecoder(D, P)
+        # "none", "field" or "all": whose activations are thrown away after the forward pass and made again in the
+        # backward pass. Less memory for more arithmetic; the numbers stay the same.
+        self.recompute = "none"
+        self.class_names = None  # a list of num_classes names, where a checkpoint brings one; only for people
+
+        # Initialisation as released: these four here, zeros in the decoders' last layer, PyTorch's default elsewhere.
+        nn.init.xavier_uniform_(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x, t, y, features_at=None, grid=None):
+        """The velocity of noisy images x (B, C, H, W) at times t (B) in [0, 1] with classes y (B): (B, C, H, W).
+
+        features_at=8 returns (velocity, tokens (B, L, D) after block 8, counted from 1), for REPA.
+        grid=(rows, columns) fixes the number of tokens whatever the size of x (paper section 4.5): the trunk sees x
+        resampled to its own grid, and the field draws each token's patch with H/rows x W/columns pixels.
+        ValueError where patches do not fill the image.
+        """
+        B, C, H, W = x.shape
+        P = self.config.patch_size
+        rows, columns = grid or self.config.token_grid(H, W)
+        if H % rows or W % columns:
+            raise ValueError(f"{rows}x{columns} tokens cannot share an image of {H}x{W} pixels equally")
+        height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
+        trunk_x = x if (height, width) == (P, P) else F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P)
+
+        h = self.patch_embed(patchify(trunk_x, P, P).flatten(2))  # (B, L, D)
+        t_emb = self.time_embed(t)  # (B, D)
+        c = F.silu(t_emb + self.class_embed(y)).unsqueeze(1)  # (B, 1, D)
+        rope = rotary_table(rows, columns, self.config.hidden_size // self.config.num_heads, x.device)  # (2, L, Dh/2)
+
+        features = None
+        for number, block in enumerate(self.blocks, start=1):
+            h = self.run(block, "all", h, c, rope)  # (B, L, D)
+            features = h if number == features_at else features  # (B, L, D)
+
+        if self.config.decoder == "linear":
+            if grid is not None:
+                raise ValueError("a linear decoder has one patch size; another density needs decoder='field'")
+            v = self.decoder(h, c).unflatten(-1, (C, P * P))  # (B, L, C, P2)
+        else:
+            s = F.silu(t_emb.unsqueeze(1) + h)  # (B, L, D): the class is not added again (released model)
+            rgb = patchify(x, height, width).flatten(0, 1).transpose(1, 2)  # (B*L, P2, C)
+            v = self.run(self.decoder, "field", rgb, s.flatten(0, 1), (height, width))  # (B*L, P2, C)
+            v = v.transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
+        v = unpatchify(v, rows, height, width)  # (B, C, H, W)
+        return v if features_at is None else (v, features)
+
+    def run(self, module, kind, *inputs):
+        """module(*inputs), its activations kept or made again later as `self.recompute` says."""
+        if torch.is_grad_enabled() and self.recompute in (kind, "all"):
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+    def compile_blocks(self):
+        """Compiles each repeated block once, not the whole model: seconds instead of minutes, nearly the same speed."""
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+        self.decoder.compile(fullgraph=True)
+
+
+def count_flops(config, height=None, width=None):
+    """Floating-point operations of one forward pass on one image (matrix products only, 2 per multiply-add).
+
+    A training step costs three times that per image: the backward pass does each product twice more.
+    """
+    rows, columns = config.token_grid(height or config.resolution, width or config.resolution)
+    L, D, P2 = rows * columns, config.hidden_size, config.patch_size**2
+    M = int(2 * 4 * D / 3)
+    block = L * (4 * D * D + 3 * D * M + 2 * L * D) + 6 * D * D  # qkv and proj, SwiGLU, q k^T and its v; AdaLN
+    if config.decoder == "linear":
+        decoder = L * D * 3 * P2 + 2 * D * D
+    else:
+        Dp, matrices = config.field_width, 2 * config.field_ratio * config.field_width**2
+        decoder = L * (config.field_depth * (D * matrices + P2 * matrices) + P2 * Dp * (3 + 3))
+    return 2 * (L * 3 * P2 * D + 256 * D + D * D + config.depth * block + decoder)

@@ -1,0 +1,358 @@
+"""Train PixNerd: one loop, on a laptop or under torchrun on many GPUs (paper section 4.1).
+
+    python train.py                                        # Nano on the embedded emoji, a few minutes on a CPU
+    torchrun --nproc_per_node=8 train.py --size XL --data IMAGENET/train --repa 0.5
+
+The same command again resumes. In --out: step-N.pt and last.pt (checkpoints), previews/ (EMA samples of the same noise),
+samples.png (the newest of them), metrics.jsonl (one line of numbers per --log-every). The loop below is the whole story;
+everything above it prepares, everything it calls is one file away. Left out: sharding of the model (FSDP): with 32 images
+of 256 pixels, XL fits an A100 whole.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, FORMAT, check_same, checked_config, load_run, load_weights, save_run
+from data import BatchNumbers, DataError, from_uint8, keyed_generator, open_dataset, picture_grid, to_uint8, training_batches
+from device import DeviceError, autocast, compiler_trouble, pick_device, pick_precision, synchronize
+from flow import flow_matching_loss, interpolate
+from model import PRESETS, PixNerd, count_flops
+from samplers import adams, guide, time_grid
+
+# The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "The five-minute run").
+PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256, data=None,
+             log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
+NANO = dict(batch_size=64, steps=1000, lr=1e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
+            log_every=20, preview_every=200, save_every=200)  # fmt: skip
+TIME_BINS = 10
+PREVIEWS_PER_CLASS, PREVIEW_STEPS, PREVIEW_CFG = 8, 20, 2.5
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. One line: what happened, where, and what was saved."""
+
+
+def parse_args(argv=None):
+    """The command line. Flags that are left out take the recipe of the size: NANO, or PAPER for all others."""
+    parser = argparse.ArgumentParser(description="Train PixNerd. Running the same command again resumes.")
+    add = parser.add_argument
+    add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
+    add("--data", help="emoji, or a folder of class folders (default: emoji for Nano)")
+    add("--resolution", type=int, help="side of the training images in pixels (Nano: 32, others: 256)")
+    add("--batch-size", type=int, help="images per step over all processes (Nano: 64, others: 256)")
+    add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all at once)")
+    add("--steps", type=int, help="train until this step (Nano: 1000, others: 800000)")
+    add("--lr", type=float, help="learning rate (Nano: 1e-3, others: 1e-4)")
+    add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
+    add("--warmup", type=int, help="steps over which the learning rate rises from 0")
+    add("--weight-decay", type=float, default=0.0)
+    add("--clip", type=float, default=0.0, help="largest norm of the gradient (0: no limit, as in the paper)")
+    add("--ema", type=float, help="decay of the averaged weights per step (Nano: 0.99, others: 0.9999)")
+    add("--drop-label", type=float, default=0.1, help="share of samples trained without their class, for guidance")
+    add("--shift", type=float, default=1.0, help="time shift of the training times")
+    add("--augment", action="store_true", help="random crop and flip in place of the centre crop")
+    add("--patch-size", type=int, help="instead of the preset's")
+    add("--decoder", choices=["field", "linear"], help="linear: the paper's baseline")
+    add("--field-norm", choices=["none", "first", "both", "output"], help="which parts of the field are normalised")
+    add("--field-width", type=int, help="Dp")
+    add("--field-depth", type=int, help="blocks of the neural field")
+    add("--encoding", choices=["dct", "sincos"], help="of a pixel's place in its patch (Eq. 12 or 7)")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 where the machine is fast in it")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the blocks (auto: if it works)")
+    add("--recompute", choices=["none", "field", "all"], default="none", help="activations made again to save memory")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--workers", type=int, help="loader processes per process (default: 0 for emoji, else up to 8)")
+    add("--out", help="folder of the run (default: runs/SIZE)")
+    add("--save-every", type=int, help="steps between checkpoints (0: only at the end)")
+    add("--keep", type=int, default=2, help="checkpoints kept, at least 2")
+    add("--preview-every", type=int, help="steps between previews (0: none)")
+    add("--log-every", type=int, help="steps between metrics (0: none)")
+    add("--seed", type=int, default=0)
+    add("--accept-changed-data", action="store_true", help="resume although pictures were added, removed or renamed")
+    add("--dry-run", action="store_true", help="print the configuration and what it costs, and stop")
+    args = parser.parse_args(argv)
+    for name, value in (NANO if args.size == "Nano" else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.data is None:
+        parser.error(f"--size {args.size} needs --data: a folder of class folders, like ImageNet's train, or emoji")
+    for name in ("batch_size", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.drop_label <= 1 or not 0 <= args.ema < 1 or args.shift <= 0:
+        parser.error("--drop-label must lie in [0, 1], --ema in [0, 1) and --shift above 0")
+    args.out = args.out or f"runs/{args.size}"
+    chosen = {name: getattr(args, name) for name in ("resolution", "patch_size", "decoder", "field_norm", "field_width",
+              "field_depth", "encoding") if getattr(args, name) is not None}  # fmt: skip
+    try:
+        args.config = dataclasses.replace(PRESETS[args.size], **chosen)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def describe(args, config, dataset, world):
+    """The text of --dry-run: configuration, parameters, FLOPs per image, images per epoch, memory. An estimate."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in PixNerd(config).parameters())
+    flops, share = count_flops(config), args.batch_size // world
+    rows, columns = config.token_grid(config.resolution, config.resolution)
+    # Per token and block about 34 values of width D stay for the backward pass (inputs of the norms, of each linear
+    # layer and of each product), per pixel and field block 10 Dp; 2 bytes each in bf16, 4 in fp32. L at 256 pixels
+    # measured 23 GB a batch of 32 against this estimate's 25 GB is what to expect of it, not more.
+    width = 2 if args.precision == "bf16" else 4
+    tokens = share * rows * columns
+    kept = tokens * (34 * config.hidden_size * config.depth
+                     + 10 * config.field_depth * config.field_width * config.patch_size**2)  # fmt: skip
+    memory = parameters * 4 * 5 + kept * width  # weights, gradients, EMA and Adam's two moments in float32
+    return "\n".join([
+        f"size {args.size}: {config}",
+        f"parameters          {parameters / 1e6:.1f} M",
+        f"forward pass        {flops / 1e9:.2f} GFLOP per image",
+        f"training step       {3 * flops * args.batch_size / 1e9:.0f} GFLOP, {args.batch_size} images on {world} process(es)",
+        f"data                {len(dataset)} images per epoch, {len(dataset.classes)} classes",
+        f"run                 {args.steps} steps, {args.steps * args.batch_size / len(dataset):.1f} epochs",
+        f"memory per process  about {memory / 1e9:.1f} GB, of which {parameters * 20 / 1e9:.1f} GB are weights and optimizer",
+        f"precision           {args.precision}",
+    ])  # fmt: skip
+
+
+def learning_rate(args, step):
+    """The learning rate of a step: a linear rise over --warmup, then constant or half a cosine down to 0 at --steps."""
+    rise = min(1.0, (step + 1) / (args.warmup + 1))
+    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) if args.schedule == "cosine" else 1.0
+    return args.lr * rise * fall
+
+
+@torch.no_grad()
+def preview(path, ema, config, seed, device, precision):
+    """Writes a grid of EMA samples, one row per class (at most 9), from the same noise every time."""
+    classes = min(config.num_classes, 9)
+    y = torch.arange(classes, device=device).repeat_interleave(PREVIEWS_PER_CLASS)
+    size = (3, config.resolution, config.resolution)
+    noise = torch.stack([torch.randn(size, generator=keyed_generator(seed, 3, i)) for i in range(len(y))])
+    with autocast(device, precision):
+        x = adams(guide(ema, y, PREVIEW_CFG), noise.to(device), time_grid(PREVIEW_STEPS))
+    path.parent.mkdir(exist_ok=True)
+    grid = picture_grid(to_uint8(x), PREVIEWS_PER_CLASS)
+    for target in (path, path.parent.parent / "samples.png"):
+        grid.save(target)
+
+
+def main():
+    """Reads the flags, prepares, and runs the training loop."""
+    args = parse_args()
+
+    # -- Processes. torchrun sets these variables; without it this is the only process.
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    device = pick_device(args.device, local_rank)
+    args.precision = pick_precision(args.precision, device)
+    say = print if rank == 0 else (lambda *_: None)
+    share = args.batch_size // world  # images per step on this rank
+    micro = args.micro_batch or share
+    if args.batch_size % world or share % micro:
+        raise DataError(f"--batch-size {args.batch_size} must divide into {world} processes times --micro-batch {micro}")
+
+    # -- Data.
+    dataset = open_dataset(args.data, args.resolution, args.augment)
+    config = args.config
+    if args.data != "emoji" or config.num_classes != len(dataset.classes):
+        config = dataclasses.replace(config, num_classes=len(dataset.classes))
+    if len(dataset) < args.batch_size:
+        raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
+    if args.dry_run:
+        return say(describe(args, config, dataset, world))
+    workers = args.workers if args.workers is not None else 0 if args.data == "emoji" else min(8, os.cpu_count() or 1)
+
+    # -- Folder. Found out now, not after the first hour.
+    out = pathlib.Path(args.out)
+    try:
+        (out / "previews").mkdir(parents=True, exist_ok=True)
+        (out / f".writable-{rank}").touch()
+        (out / f".writable-{rank}").unlink()
+    except OSError as error:
+        raise DataError(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Decisions that all ranks must share travel over the CPU, so that they never make a GPU wait.
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30)) if world > 1 else None
+
+    # -- Model, its running average, and the optimizer.
+    torch.manual_seed(args.seed)
+    model = PixNerd(config).to(device)
+    model.recompute = args.recompute
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+
+    # -- Resume. What makes it another run is refused; what only changes its course (--lr, --steps) is not.
+    identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
+        "seed", "batch_size", "drop_label", "shift", "augment")}  # fmt: skip
+    step = 0
+    found = load_run(out, warn=say)
+    if found:
+        path, state = found
+        checked_config(state, path)
+        check_same(state["identity"], identity, path)
+        if state["fingerprint"] != dataset.fingerprint and not args.accept_changed_data:
+            raise CheckpointError(f"{path}: the pictures in {args.data} are not those of the run so far; restore them, "
+                                  "or give --accept-changed-data")  # fmt: skip
+        load_weights(model, state["model"], path)
+        load_weights(ema, state["ema"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        say(f"resuming {path} at step {step}")
+        del state
+    if step >= args.steps:
+        return say(f"{out} has {step} of {args.steps} steps: nothing to do (more with --steps)")
+    metrics_path = out / "metrics.jsonl"
+    if rank == 0 and metrics_path.exists():  # lines that a crash left behind the checkpoint will be written again
+        lines = [line for line in metrics_path.read_text().splitlines(True) if line.endswith("\n")]
+        metrics_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    # -- Speed.
+    if args.compile != "off":
+        trouble = compiler_trouble()
+        if trouble:
+            say(f"not compiling, which is slower but the same: {trouble}")
+        else:
+            model.compile_blocks()
+    wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True) if world > 1 else model  # fmt: skip
+
+    # -- Stopping. A signal only raises a flag; the loop below agrees on it over all ranks, saves and leaves.
+    stop = {"signal": 0}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.update(signal=number))
+
+    def save():
+        if rank == 0:
+            save_run(out, {"format": FORMAT, "config": dataclasses.asdict(config), "class_names": dataset.classes,
+                           "identity": identity, "fingerprint": dataset.fingerprint, "step": step,
+                           "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()},
+                     args.keep)  # fmt: skip
+        if world > 1:
+            dist.barrier(group=control)
+
+    # Kept on the device and read only at log steps, so that a GPU never waits for the CPU: sums of the loss by bins of t,
+    # and whether a number stopped being finite. From then on the fused optimizer skips every update ("found_inf" is its
+    # own switch, made for gradient scaling), so what is in memory and in the files stays sound.
+    bins = torch.zeros(2, TIME_BINS, device=device)
+    first_bad = torch.full((), -1, device=device)
+    optimizer.found_inf = torch.zeros((), device=device)
+    norms = torch.zeros((), device=device)
+    logged_at, since, paused = step, time.perf_counter(), 0.0
+
+    say(f"training {args.size} on {args.data}: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, "
+        f"{args.precision} on {world} x {device.type}, {out}/")  # fmt: skip
+    bar = tqdm(total=args.steps, initial=step, disable=rank != 0 or not sys.stderr.isatty(), unit="step", smoothing=0.05)
+    numbers = BatchNumbers(step, args.steps, args.batch_size, micro, rank, world)
+    batches = training_batches(dataset, numbers, args.seed, args.drop_label, args.shift, workers, device.type == "cuda")
+
+    while step < args.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+
+        # One step, in micro-batches; gradients travel between the processes during the last one.
+        for part in range(share // micro):
+            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            x = from_uint8(batch["image"])  # (B, 3, H, W), clean, in [-1, 1]
+            x_t = interpolate(x, batch["noise"], batch["t"])  # (B, 3, H, W), Eq. 1
+            last = part == share // micro - 1
+            with autocast(device, args.precision), wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext():
+                v = wrapped(x_t, batch["t"], batch["y"])  # (B, 3, H, W)
+                loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
+                (loss.mean() * micro / share).backward()
+            where = (batch["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)  # (B)
+            bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
+
+        # After the all-reduce a NaN of one rank is in every rank's gradient, so all of them decide alike.
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if args.clip:
+            nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
+        first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step + 1, first_bad)
+        optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - args.ema)
+        norms += norm
+        step += 1
+        bar.update()
+
+        if world > 1:  # does any rank want to stop?
+            flag = torch.tensor(stop["signal"])
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
+            stop["signal"] = int(flag)
+        leaving = stop["signal"] or step == args.steps
+        saving = leaving or (args.save_every and step % args.save_every == 0)
+
+        if saving or (args.log_every and step % args.log_every == 0):
+            if optimizer.found_inf.item():
+                raise TrainingError(f"the loss or gradient stopped being finite on rank {rank} at step {int(first_bad)}; "
+                                    f"nothing after it was kept. Resume with a lower --lr, or with --clip 1")  # fmt: skip
+            if world > 1:
+                dist.all_reduce(bins)
+            sums, counts = bins.tolist()
+            elapsed = time.perf_counter() - since - paused
+            steps_done = step - logged_at
+            line = {
+                "step": step,
+                "loss": sum(sums) / sum(counts),
+                "loss_by_time": [round(s / n, 5) if n else None for s, n in zip(sums, counts)],
+                "lr": learning_rate(args, step - 1),
+                "grad_norm": norms.item() / steps_done,
+                "images_per_second": round(steps_done * args.batch_size / elapsed, 1),
+            }
+            if rank == 0:
+                with open(metrics_path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                text = f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s"
+                bar.set_postfix_str(text)
+                if bar.disable:
+                    left = datetime.timedelta(seconds=round((args.steps - step) * elapsed / steps_done))
+                    print(f"step {step}/{args.steps}, {text}, {left} left", flush=True)
+            bins.zero_()
+            norms.zero_()
+            logged_at, since, paused = step, time.perf_counter(), 0.0
+
+        pause = time.perf_counter()
+        if saving:
+            save()
+        if rank == 0 and args.preview_every and (step % args.preview_every == 0 or step == args.steps):
+            preview(out / "previews" / f"step-{step:08d}.png", ema, config, args.seed, device, args.precision)
+        paused += time.perf_counter() - pause
+        if leaving:
+            break
+
+    bar.close()
+    if stop["signal"]:
+        say(f"stopped by {signal.Signals(stop['signal']).name} at step {step}, saved; the same command goes on from there")
+    else:
+        say(f"done: {out}/last.pt, {out}/samples.png")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, DataError, DeviceError, TrainingError, OSError) as error:
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
