@@ -24,9 +24,6 @@ ASSETS = pathlib.Path(__file__).parent / "assets"
 EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-# Pillow only warns above 89 million pixels; a header that claims more is a mistake or an attack, so it becomes an error.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-
 
 class DataError(ValueError):
     """A picture or a data set that cannot be used. One line: which path, what is wrong, what to do."""
@@ -61,7 +58,10 @@ def read_image(path):
     path, for whatever cannot be read completely: nothing is ever put in its place.
     """
     try:
-        image = Image.open(path, formats=["JPEG", "PNG", "WEBP"])
+        with warnings.catch_warnings():
+            # Pillow refuses headers that claim over 179 million pixels and warns above 89; here both are errors.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=["JPEG", "PNG", "WEBP"])
         image.load()
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
             image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))

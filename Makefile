@@ -1,0 +1,25 @@
+# make demo: set up, train Nano on the embedded emoji for some minutes, look at runs/demo/samples.png.
+# make test: set up and run all tests. Nothing else is needed but Python 3.11 or newer and a network for pip.
+
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+
+demo: $(VENV)/ready
+	$(RUN) train.py --out runs/demo
+	cp runs/demo/samples.png samples.png
+	@echo "Look at samples.png: one row per class, drawn by the model that you just trained."
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -q tests
+
+# Made again when requirements.txt changes; the marker is written last, so a broken installation is not taken for one.
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) samples.png
+
+.PHONY: demo test clean

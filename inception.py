@@ -1,0 +1,289 @@
+"""The network behind FID: Inception v3 as Google released it on 2015-12-05, with TensorFlow-1 resizing.
+
+FID does not compare pictures, it compares what one particular image classifier sees in them. "FID 2.15" has a
+meaning only with that classifier, its weights and its very way of resizing; torchvision's Inception v3, trained again
+later, gives other numbers. Compared with the architecture paper (Szegedy et al., "Rethinking the Inception
+Architecture", arXiv 1512.00567, section 6) the released graph has four peculiarities, marked (1) to (4) below.
+
+    model = load_inception()                         # downloads 91 MB once; or load_inception("FILE.pth")
+    pool, spatial, logits = model(images)            # images: uint8 (B, 3, H, W), any H and W
+
+eval_fid.py turns these three into FID (pool), sFID (spatial) and Inception Score (logits).
+Letters: B images, C channels; the two numbers after C in shape comments are height and width.
+Left out: training, the auxiliary classifier (not in the published file), the names of the classes.
+"""
+import pathlib
+import zipfile
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from download import cached_download
+
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+SHA256_PREFIX = "6726825d"  # by the convention of torch.hub, the file's name ends with it
+SIDE = 299  # the pixels the classifier was trained on
+
+
+class InceptionError(ValueError):
+    """Pictures or weights that do not fit this network; the message is one line."""
+
+
+def resize_tf1(images, size=SIDE):
+    """Bilinear resizing as TensorFlow 1 does it (`resize_bilinear` with its default align_corners=False).
+
+    images: uint8 (B, C, H, W). Returns float32 (B, C, size, size), values in [0, 255], not rounded.
+
+    (1) Output pixel i reads the source at i * in / out. Every newer library reads (i + 0.5) * in / out - 0.5, which
+    keeps the picture centred; here it moves by up to half a pixel. Nothing is averaged when shrinking either, so that
+    large pictures alias. Both are faults, and FID has to repeat them: the published numbers contain them.
+    """
+    def neighbours(length):  # the two source pixels that each output pixel lies between, and how far along it is
+        source = torch.arange(size, device=images.device) * (length / size)  # (size)
+        low = source.long()  # rounds down: source is never negative
+        return low, (low + 1).clamp(max=length - 1), source - low  # the last row has itself as its neighbour
+
+    top, bottom, down = neighbours(images.shape[2])  # (size), (size), (size)
+    left, right, along = neighbours(images.shape[3])  # (size), (size), (size)
+    # Rows are picked before the conversion to float, so that a 4000-pixel photo never exists in float32.
+    rows = torch.lerp(images[:, :, top].float(), images[:, :, bottom].float(), down[:, None])  # B C size W
+    return torch.lerp(rows[..., left], rows[..., right], along)  # B C size size
+
+
+def average_3x3(x):
+    # (2) A pixel at the border averages 4 or 6 neighbours, not 9 with zeros among them.
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)  # the shape of x
+
+
+class ConvBN(nn.Module):
+    """Convolution, BatchNorm, ReLU: (B, inp, H, W) -> (B, out, H', W'). The only layer type of the network."""
+
+    def __init__(self, inp, out, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(inp, out, kernel, stride, padding, bias=False)  # BatchNorm's bias would cancel it
+        self.bn = nn.BatchNorm2d(out, eps=0.001)  # (3) TensorFlow's epsilon; PyTorch's default is 1e-5
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)  # B out H' W'
+
+
+# The five block types. Each runs a few branches of different reach on the same input and stacks their channels, so
+# that the next layer can choose the scale. Attribute names are those of the published file: "branch7x7dbl_3" is the
+# third convolution of the branch that looks through 7x7 twice. A 7x7 window is built from a 1x7 and a 7x1 one, which
+# reaches as far with 14 weights in place of 49; 5x5 is in places built from two 3x3.
+
+class Mixed35(nn.Module):
+    """Mixed_5b, 5c, 5d, on the 35 x 35 grid: (B, inp, 35, 35) -> (B, 224 + pool, 35, 35)."""
+
+    def __init__(self, inp, pool):
+        super().__init__()
+        self.branch1x1 = ConvBN(inp, 64, 1)
+        self.branch5x5_1 = ConvBN(inp, 48, 1)
+        self.branch5x5_2 = ConvBN(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = ConvBN(inp, 64, 1)
+        self.branch3x3dbl_2 = ConvBN(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvBN(96, 96, 3, padding=1)
+        self.branch_pool = ConvBN(inp, pool, 1)
+
+    def forward(self, x):
+        point = self.branch1x1(x)  # B 64 35 35
+        five = self.branch5x5_2(self.branch5x5_1(x))  # B 64 35 35
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))  # B 96 35 35
+        pooled = self.branch_pool(average_3x3(x))  # B pool 35 35
+        return torch.cat([point, five, double, pooled], dim=1)  # B 224+pool 35 35
+
+
+class Reduce35to17(nn.Module):
+    """Mixed_6a halves the grid: (B, 288, 35, 35) -> (B, 768, 17, 17)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3 = ConvBN(288, 384, 3, stride=2)
+        self.branch3x3dbl_1 = ConvBN(288, 64, 1)
+        self.branch3x3dbl_2 = ConvBN(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvBN(96, 96, 3, stride=2)
+
+    def forward(self, x):
+        three = self.branch3x3(x)  # B 384 17 17
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))  # B 96 17 17
+        pooled = F.max_pool2d(x, 3, stride=2)  # B 288 17 17
+        return torch.cat([three, double, pooled], dim=1)  # B 768 17 17
+
+
+class Mixed17(nn.Module):
+    """Mixed_6b to 6e, on the 17 x 17 grid: (B, 768, 17, 17) -> the same. `mid` is the width inside the branches."""
+
+    def __init__(self, mid):
+        super().__init__()
+        self.branch1x1 = ConvBN(768, 192, 1)
+        self.branch7x7_1 = ConvBN(768, mid, 1)
+        self.branch7x7_2 = ConvBN(mid, mid, (1, 7), padding=(0, 3))
+        self.branch7x7_3 = ConvBN(mid, 192, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_1 = ConvBN(768, mid, 1)
+        self.branch7x7dbl_2 = ConvBN(mid, mid, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_3 = ConvBN(mid, mid, (1, 7), padding=(0, 3))
+        self.branch7x7dbl_4 = ConvBN(mid, mid, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_5 = ConvBN(mid, 192, (1, 7), padding=(0, 3))
+        self.branch_pool = ConvBN(768, 192, 1)
+
+    def forward(self, x):
+        point = self.branch1x1(x)  # B 192 17 17
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))  # B 192 17 17
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))  # B mid 17 17
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))  # B 192 17 17
+        pooled = self.branch_pool(average_3x3(x))  # B 192 17 17
+        return torch.cat([point, seven, double, pooled], dim=1)  # B 768 17 17
+
+
+class Reduce17to8(nn.Module):
+    """Mixed_7a halves the grid again: (B, 768, 17, 17) -> (B, 1280, 8, 8)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = ConvBN(768, 192, 1)
+        self.branch3x3_2 = ConvBN(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = ConvBN(768, 192, 1)
+        self.branch7x7x3_2 = ConvBN(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = ConvBN(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = ConvBN(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        three = self.branch3x3_2(self.branch3x3_1(x))  # B 320 8 8
+        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))  # B 192 17 17
+        seven = self.branch7x7x3_4(seven)  # B 192 8 8
+        pooled = F.max_pool2d(x, 3, stride=2)  # B 768 8 8
+        return torch.cat([three, seven, pooled], dim=1)  # B 1280 8 8
+
+
+class Mixed8(nn.Module):
+    """Mixed_7b and 7c, on the 8 x 8 grid: (B, inp, 8, 8) -> (B, 2048, 8, 8)."""
+
+    def __init__(self, inp, pool):
+        super().__init__()
+        self.branch1x1 = ConvBN(inp, 320, 1)
+        self.branch3x3_1 = ConvBN(inp, 384, 1)
+        self.branch3x3_2a = ConvBN(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = ConvBN(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = ConvBN(inp, 448, 1)
+        self.branch3x3dbl_2 = ConvBN(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = ConvBN(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = ConvBN(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = ConvBN(inp, 192, 1)
+        self.pool = pool
+
+    def forward(self, x):
+        point = self.branch1x1(x)  # B 320 8 8
+        three = self.branch3x3_1(x)  # B 384 8 8
+        three = torch.cat([self.branch3x3_2a(three), self.branch3x3_2b(three)], dim=1)  # B 768 8 8
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # B 384 8 8
+        double = torch.cat([self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)], dim=1)  # B 768 8 8
+        pooled = self.branch_pool(self.pool(x))  # B 192 8 8
+        return torch.cat([point, three, double, pooled], dim=1)  # B 2048 8 8
+
+
+class InceptionV3(nn.Module):
+    """The FID network; 23.9 M parameters, 5.7 G multiply-adds an image. Frozen: always in eval mode, no gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3)
+        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3)
+        self.Mixed_5b = Mixed35(192, pool=32)
+        self.Mixed_5c = Mixed35(256, pool=64)
+        self.Mixed_5d = Mixed35(288, pool=64)
+        self.Mixed_6a = Reduce35to17()
+        self.Mixed_6b = Mixed17(128)
+        self.Mixed_6c = Mixed17(160)
+        self.Mixed_6d = Mixed17(160)
+        self.Mixed_6e = Mixed17(192)
+        self.Mixed_7a = Reduce17to8()
+        self.Mixed_7b = Mixed8(1280, pool=average_3x3)
+        # (4) The last block takes a maximum where its twin 7b takes an average: a slip in the released graph.
+        self.Mixed_7c = Mixed8(2048, pool=lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
+        self.fc = nn.Linear(2048, 1008)  # ImageNet's 1000 classes and 8 outputs that were never used
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images):
+        """uint8 (B, 3, H, W), RGB -> pool float32 (B, 2048), spatial float32 (B, 2023), logits float32 (B, 1008).
+
+        pool and spatial are outputs of a ReLU, so not negative; the logits come without their bias.
+        Raises InceptionError for anything but uint8 RGB: a float picture could be in [0, 1], [-1, 1] or [0, 255].
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise InceptionError(f"expected uint8 pictures (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        x = (resize_tf1(images) - 128) / 128  # B 3 299 299
+        # Measured on one core of a busy CPU, pictures/s: 7.1 in this memory format, 4.1 without it; batches of 8 or 32
+        # and folding BatchNorm into the convolutions change nothing. Autocast to bf16 reaches 12.5, but moves features
+        # by 0.4 % and a Frechet distance (random weights, 64 emoji) by 0.6 %: not worth an incomparable number.
+        x = x.contiguous(memory_format=torch.channels_last)  # B 3 299 299
+        x = self.Conv2d_1a_3x3(x)  # B 32 149 149
+        x = self.Conv2d_2a_3x3(x)  # B 32 147 147
+        x = self.Conv2d_2b_3x3(x)  # B 64 147 147
+        x = F.max_pool2d(x, 3, stride=2)  # B 64 73 73
+        x = self.Conv2d_3b_1x1(x)  # B 80 73 73
+        x = self.Conv2d_4a_3x3(x)  # B 192 71 71
+        x = F.max_pool2d(x, 3, stride=2)  # B 192 35 35
+        x = self.Mixed_5b(x)  # B 256 35 35
+        x = self.Mixed_5c(x)  # B 288 35 35
+        x = self.Mixed_5d(x)  # B 288 35 35
+        x = self.Mixed_6a(x)  # B 768 17 17
+        x = self.Mixed_6b(x)  # B 768 17 17
+        x = self.Mixed_6c(x)  # B 768 17 17
+        x = self.Mixed_6d(x)  # B 768 17 17
+        # sFID (Nash et al., arXiv 2103.03841) wants features that still know where things are. ADM's evaluator takes
+        # the first 7 channels of Mixed_6d.branch1x1, which comes first in the stack: 7 * 17 * 17 = 2023 is about as
+        # long as pool's 2048. TensorFlow keeps channels last, so they are flattened in that order.
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # B 2023
+        x = self.Mixed_6e(x)  # B 768 17 17
+        x = self.Mixed_7a(x)  # B 1280 8 8
+        x = self.Mixed_7b(x)  # B 2048 8 8
+        x = self.Mixed_7c(x)  # B 2048 8 8
+        pool = x.mean(dim=(2, 3))  # B 2048
+        return pool, spatial, self.logits(pool)  # B 2048, B 2023, B 1008
+
+    def logits(self, pool):
+        """pool (B, 2048) -> (B, 1008). OpenAI's Inception Score leaves the bias out, so everybody after it does."""
+        return pool @ self.fc.weight.T  # B 1008
+
+
+def load_inception(path=None):
+    """The network with published weights, on the CPU. path: a file in place of the download.
+
+    Takes pytorch-fid's file (pt_inception-2015-12-05-6726825d.pth) and torch-fidelity's of the same network
+    (weights-inception-2015-12-05-6726825d.pth). Every parameter must be there, with its shape, finite; nothing else.
+    Raises InceptionError (the file is not these weights), DownloadError or OSError, in one line.
+    """
+    path = pathlib.Path(path) if path else cached_download(URL, flag="--inception", sha256_prefix=SHA256_PREFIX)
+    path.open("rb").close()  # a file that is missing or forbidden says so itself
+    try:
+        # torch.load does not compare the checksums that a zip file carries: a flipped bit would pass unseen.
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise InceptionError(f"its part {damaged} is damaged")
+        weights = torch.load(path, map_location="cpu", weights_only=True)  # True: tensors only, never code
+        if not isinstance(weights, dict):
+            raise InceptionError("it holds no dictionary of tensors")
+    except Exception as error:  # whatever pickle and zip readers find to say about a foreign or damaged file
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise InceptionError(f"{path} is not a readable weights file: {reason}") from error
+    model = InceptionV3()
+    expected = model.state_dict()
+    # The one difference that we accept. PyTorch since 0.4.1 gives each BatchNorm a step counter, which a frozen
+    # network never reads; a file may hold these counters or not.
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    weights = {name: value for name, value in weights.items() if name not in counters}
+    missing, surplus = expected.keys() - counters - weights.keys(), weights.keys() - expected.keys()
+    if missing or surplus:
+        raise InceptionError(f"{path} is not the FID Inception: it lacks {len(missing)} parameters "
+                             f"{sorted(missing)[:1]} and has {len(surplus)} others {sorted(map(str, surplus))[:1]}")
+    for name, value in weights.items():
+        if not torch.is_tensor(value) or value.shape != expected[name].shape:
+            raise InceptionError(f"{path} is not the FID Inception: {name} should be {tuple(expected[name].shape)}")
+        if not value.isfinite().all():
+            raise InceptionError(f"{path}: {name} holds NaN or Inf")
+    model.load_state_dict(weights)  # strict; a plain dict has no version note, without which counters may be absent
+    return model

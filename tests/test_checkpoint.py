@@ -1,0 +1,230 @@
+"""Nothing that was saved is lost, nothing wrong is loaded, and the released names are read and written."""
+
+import dataclasses
+import os
+import pathlib
+import pickle
+import random
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import (CheckpointError, FORMAT, export_reference, import_reference, load_checkpoint, load_model, load_run,
+                        save_checkpoint, save_run)  # fmt: skip
+from model import PixNerd
+from test_model import TINY, randomised
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run_state(step, seed=0):
+    model = randomised(TINY, seed)
+    return {"format": FORMAT, "config": dataclasses.asdict(TINY), "step": step, "class_names": ["a", "b", "c"],
+            "model": model.state_dict(), "ema": randomised(TINY, seed + 1).state_dict()}  # fmt: skip
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    state = {"a": torch.randn(3, 4), "b": [1, 2.5, "x"], "c": {"d": torch.arange(5)}}
+    save_checkpoint(tmp_path / "new" / "x.pt", state)
+    loaded = load_checkpoint(tmp_path / "new" / "x.pt")
+    assert torch.equal(loaded["a"], state["a"]) and torch.equal(loaded["c"]["d"], state["c"]["d"])
+    assert loaded["b"] == state["b"]
+    assert os.listdir(tmp_path / "new") == ["x.pt"]
+
+
+def test_load_model_takes_the_ema_or_the_raw_weights(tmp_path):
+    state = run_state(1)
+    save_checkpoint(tmp_path / "x.pt", state)
+    for weights, key in (("ema", "ema"), ("raw", "model")):
+        model = load_model(tmp_path / "x.pt", weights)
+        assert not model.training and model.class_names == ["a", "b", "c"]
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state[key].items())
+    v = model(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    assert v.isfinite().all()  # buffers are there although the model was made without storage
+
+
+# ---- a run's folder --------------------------------------------------------------------------------------------------
+
+
+def test_rule_b_runs_keep_the_newest_and_last_pt_is_one_of_them(tmp_path):
+    for step in (10, 20, 30):
+        save_run(tmp_path, run_state(step, seed=step), keep=1)  # at least two are kept all the same
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "step-00000020.pt", "step-00000030.pt"]
+    assert not (tmp_path / "last.pt").is_symlink()
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 30
+
+
+def test_row_9_a_truncated_newest_checkpoint_falls_back_with_a_warning(tmp_path):
+    save_run(tmp_path, run_state(10))
+    save_run(tmp_path, run_state(20))
+    newest = tmp_path / "step-00000020.pt"
+    whole, warnings = newest.read_bytes(), []
+    for cut in [0, 1, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1]:
+        newest.write_bytes(whole[:cut])
+        path, state = load_run(tmp_path, warnings.append)
+        assert state["step"] == 10 and "step-00000020.pt" in warnings[-1]
+        with pytest.raises(CheckpointError, match="step-00000020.pt"):  # named explicitly, it is an error
+            load_model(newest)
+
+
+def test_row_10_flipped_bits_are_rejected(tmp_path):
+    """Anywhere in the tensors, of which torch.load alone would notice none."""
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, run_state(1))
+    whole, dice, rejected = path.read_bytes(), random.Random(0), 0
+    with zipfile.ZipFile(path) as archive:
+        records = [entry for entry in archive.infolist() if entry.file_size > 500]
+    for _ in range(40):
+        entry = dice.choice(records)
+        place = entry.header_offset + 200 + dice.randrange(entry.file_size - 200)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << dice.randrange(8))]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+
+
+def test_row_11_all_checkpoints_corrupt_is_an_error(tmp_path):
+    for step in (10, 20):
+        save_run(tmp_path, run_state(step))
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints"):
+        load_run(tmp_path, lambda _: None)
+    assert load_run(tmp_path / "empty") is None
+
+
+class Bomb:
+    """Unpickling this would touch a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_row_12_pickled_code_is_refused_and_does_not_run(tmp_path):
+    torch.save({"format": FORMAT, "config": Bomb(tmp_path / "touched")}, tmp_path / "evil.pt")
+    for command in (["sample.py", "--ckpt", tmp_path / "evil.pt"], ["checkpoint.py", "export", tmp_path / "evil.pt", "y"]):
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "refused" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    os.rename(tmp_path / "evil.pt", tmp_path / "step-00000001.pt")
+    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+        load_run(tmp_path, lambda _: None)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_row_13_old_and_foreign_files_are_named_as_such(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "text.pt").write_text("weights, honestly")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+        archive.writestr("readme.txt", "not weights")
+    save_checkpoint(tmp_path / "list.pt", [1, 2])
+    save_checkpoint(tmp_path / "future.pt", {"format": "pixnerd 99", "config": {}})
+    save_checkpoint(tmp_path / "other.pt", {"state_dict": {"conv1.weight": torch.ones(2)}})
+    for path in tmp_path.glob("*.pt"):
+        with pytest.raises(CheckpointError, match=path.name) as error:
+            load_model(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        load_model(tmp_path / "absent.pt")
+
+
+def test_row_14_a_full_disk_keeps_the_previous_file_and_tells_the_true_reason(tmp_path):
+    """A file-size limit stands for the disk: the write fails with EFBIG half-way through."""
+    code = ("import resource, signal, sys, torch, checkpoint\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(10)})\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "try: checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(100_000)})\n"
+            "except OSError as error: print(error.errno)\n")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.pt"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "27", done.stderr  # EFBIG, not a RuntimeError of the zip writer
+    assert os.listdir(tmp_path) == ["x.pt"]
+    assert load_checkpoint(tmp_path / "x.pt")["a"].shape == (10,)
+
+
+def test_row_16_left_over_temporary_files_are_ignored_and_removed(tmp_path):
+    save_run(tmp_path, run_state(10))
+    (tmp_path / "step-00000011.pt.tmp").write_bytes(b"half a checkpoint")
+    (tmp_path / "last.pt.tmp").write_bytes(b"half a checkpoint")
+    assert load_run(tmp_path)[1]["step"] == 10
+    save_run(tmp_path, run_state(20))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_missing_superfluous_and_misshapen_weights_are_named(tmp_path):
+    def broken(change):
+        state = run_state(1)
+        change(state["ema"])
+        save_checkpoint(tmp_path / "x.pt", state)
+        with pytest.raises(CheckpointError) as error:
+            load_model(tmp_path / "x.pt")
+        return str(error.value)
+
+    assert "lacks the weight patch_embed.bias" in broken(lambda ema: ema.pop("patch_embed.bias"))
+    assert "has the weight extra" in broken(lambda ema: ema.update(extra=torch.ones(1)))
+    assert "patch_embed.bias has shape (3,)" in broken(lambda ema: ema.update({"patch_embed.bias": torch.ones(3)}))
+
+
+# ---- the released model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_released_files_are_read_by_the_same_function(golden, golden_model, tmp_path, prefixed):
+    """A Lightning file with both sets of weights and the trainer's own keys, or a bare state dict."""
+    file = golden("c2i_square")
+    weights = {key[2:]: value for key, value in file.items() if key.startswith("w.")}
+    state = weights
+    if prefixed:
+        state = {f"ema_denoiser.{key}": value for key, value in weights.items()}
+        state |= {f"denoiser.{key}": value + 1 for key, value in weights.items()}
+        state |= {"diffusion_trainer.proj.0.weight": torch.ones(2, 2)}
+    save_checkpoint(tmp_path / "x.ckpt", {"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.5.0"})
+    model = load_model(tmp_path / "x.ckpt")
+    v = model(file["x"], file["t"], file["y"])
+    assert (v - file["v"]).abs().max() < 1e-5 * file["v"].abs().max()
+    if prefixed:
+        raw = load_model(tmp_path / "x.ckpt", "raw")
+        assert torch.equal(raw.patch_embed.bias, model.patch_embed.bias + 1)
+
+
+def test_export_under_released_names_is_the_inverse_of_import(golden, golden_model):
+    model, file = golden_model("c2i_wide")
+    exported = export_reference(model)
+    assert exported.keys() == {key[2:] for key in file if key.startswith("w.")}
+    assert all(torch.equal(value, file[f"w.{key}"]) for key, value in exported.items())
+    config, _ = import_reference(exported)
+    assert config == model.config
+    with pytest.raises(ValueError, match="decoder"):
+        export_reference(PixNerd(dataclasses.replace(TINY, decoder="linear")))
+
+
+def test_export_command_keeps_ema_and_configuration_only(tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "x.pt", run_state(7))
+    for flags, tolerance in (([], 0), (["--half"], 1e-3), (["--reference"], 0)):
+        target = tmp_path / "out.pt"
+        monkeypatch.setattr(sys, "argv", ["checkpoint.py", "export", str(tmp_path / "x.pt"), str(target), *flags])
+        checkpoint.main()
+        a, b = load_model(tmp_path / "x.pt").state_dict(), load_model(target).state_dict()
+        assert all((a[key] - b[key]).abs().max() <= tolerance for key in a)
+        assert "step" not in load_checkpoint(target) and "model" not in load_checkpoint(target)
+
+
+def test_loading_a_large_file_needs_the_memory_of_its_ema_only(tmp_path):
+    """A 400 MB file of which 133 MB are wanted, read in a process of its own: peak memory grows by less than 200 MB."""
+    tensors = {f"denoiser.junk{i}": torch.zeros(33_000_000) for i in range(2)}
+    small = {f"ema_denoiser.{key}": value for key, value in export_reference(randomised(
+        dataclasses.replace(TINY, num_classes=1_000_000))).items()}  # fmt: skip
+    save_checkpoint(tmp_path / "big.ckpt", {"state_dict": tensors | small})
+    code = ("import resource, sys, checkpoint\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak(); model = checkpoint.load_model(sys.argv[1])\n"
+            "model.class_embed.weight.sum(); print(peak() - before)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "big.ckpt"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    kilobytes = int(done.stdout) * (1024 if sys.platform == "linux" else 1) / 1024
+    assert kilobytes < 200_000

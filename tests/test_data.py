@@ -1,0 +1,236 @@
+"""Pictures in and out, and the order of training. Numbers of rows are those of the README's list of promises."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import (BatchNumbers, DataError, TrainingSamples, center_crop, from_uint8, keyed_generator, list_images,
+                  open_dataset, picture_grid, random_crop, read_image, save_gif, to_uint8, training_batches)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of small pictures, three and two of them."""
+    for name, count in (("cat", 3), ("dog", 2)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            pixels = np.random.RandomState(i).randint(0, 256, (20 + i, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    return tmp_path
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    u8 = torch.arange(256, dtype=torch.uint8)
+    x = from_uint8(u8)
+    assert x.min() == -1 and x.max() == 1
+    assert torch.equal(to_uint8(x), u8)
+    assert to_uint8(torch.tensor([-5.0, 5.0])).tolist() == [0, 255]
+    # The released rule clip((x+1)*127.5 + 0.5) truncated: 0.5 of a level goes up.
+    assert to_uint8(torch.tensor([0.5 / 127.5 - 1, 0.49 / 127.5 - 1])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("case", ["37x50_16", "200x123_32", "64x64_64", "20x90_32", "301x500_64"])
+def test_center_crop_is_adms(golden, case):
+    file = golden("center_crop")
+    crop = center_crop(Image.fromarray(file[f"in_{case}"].numpy()), int(case.split("_")[1]))
+    assert np.array_equal(np.asarray(crop), file[f"out_{case}"].numpy())
+
+
+def test_emoji_at_32_are_box_averages_of_64():
+    small, large = open_dataset("emoji", 32), open_dataset("emoji", 64)
+    assert len(small) == len(large) == 1906 and len(small.classes) == 9 and small.classes[8] == "flags"
+    assert np.bincount(small.labels).tolist() == [169, 386, 159, 131, 218, 85, 264, 224, 270]
+    image, label = large[7]
+    boxes = image.view(3, 32, 2, 32, 2).float().mean((2, 4))
+    assert (small[7][0] - boxes).abs().max() <= 0.5 and small[7][1] == label
+    with pytest.raises(DataError, match="32 or 64, not 48"):
+        open_dataset("emoji", 48)
+
+
+def test_folders_give_sorted_classes_and_cropped_pictures(folder):
+    dataset = open_dataset(str(folder), 16)
+    assert dataset.classes == ["cat", "dog"] and dataset.labels == [0, 0, 0, 1, 1]
+    image, label = dataset[4]
+    assert label == 1 and image.shape == (3, 16, 16) and image.dtype == torch.uint8
+    expected = center_crop(Image.open(folder / "dog" / "1.png"), 16)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_augmentation_crops_and_flips_by_the_generator_only(folder):
+    ramp = Image.fromarray(np.arange(64 * 40 * 3, dtype=np.uint8).reshape(40, 64, 3))
+    crops = [np.asarray(random_crop(ramp, 16, keyed_generator(i))) for i in range(40)]
+    assert all(crop.shape == (16, 16, 3) for crop in crops)
+    assert len({crop.tobytes() for crop in crops}) > 5
+    assert np.array_equal(crops[3], np.asarray(random_crop(ramp, 16, keyed_generator(3))))
+
+
+def test_rule_a_every_sample_is_a_function_of_its_number():
+    """Whatever the world size, the micro-batch, the workers and the step at which the loader starts."""
+    dataset = open_dataset("emoji", 32)
+
+    def run(start, world, micro, workers=0):
+        seen = {}
+        for rank in range(world):
+            numbers = BatchNumbers(start, 4, 8, micro, rank, world)
+            batches = training_batches(dataset, numbers, 0, 0.1, 1.0, workers, pin=False)
+            for ks, batch in zip(numbers, batches):
+                for i, k in enumerate(ks):
+                    seen[k] = {key: value[i] for key, value in batch.items()}
+        return seen
+
+    whole = run(0, 1, 8)
+    assert sorted(whole) == list(range(32))
+    for other in (run(0, 2, 4), run(0, 4, 1), run(2, 1, 4), run(1, 2, 2, workers=2)):
+        for k, sample in other.items():
+            assert all(torch.equal(sample[key], whole[k][key]) for key in sample)
+
+
+def test_rule_a_each_epoch_is_a_permutation_of_its_own(folder):
+    samples = TrainingSamples(open_dataset(str(folder), 16), seed=1)
+    epochs = [[samples[5 * epoch + i]["index"] for i in range(5)] for epoch in range(6)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_labels_are_dropped_with_the_stated_probability():
+    dataset = open_dataset("emoji", 32)
+    drawn = [TrainingSamples(dataset, 0, 0.1)[k]["y"] for k in range(3000)]
+    assert sum(y == 9 for y in drawn) / 3000 == pytest.approx(0.1, abs=0.02)
+    assert all(TrainingSamples(dataset, 0, 0.0)[k]["y"] < 9 for k in range(100))
+
+
+def test_keyed_generators_differ_for_neighbouring_keys_and_repeat():
+    first = [torch.randn(4, generator=keyed_generator(*key)) for key in ((0, 1), (1, 0), (0, 1, 0), (0, 2))]
+    assert len({tuple(x.tolist()) for x in first}) == 4
+    assert torch.equal(first[0], torch.randn(4, generator=keyed_generator(0, 1)))
+
+
+# ---- bad pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_row_24_unreadable_pictures_are_errors_with_the_path(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    jpeg = tmp_path / "whole.jpg"
+    Image.open(whole).save(jpeg)
+    cases = {
+        "empty.png": b"", "text.jpg": b"this is not a picture", "cut.png": whole.read_bytes()[:900],
+        "cut.jpg": jpeg.read_bytes()[:900], "gif.png": b"GIF89a\x01\x00\x01\x00\x00\x00\x00;",
+    }  # fmt: skip
+    for name, content in cases.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=name.replace(".", r"\.")) as error:
+            read_image(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="nowhere.png"):
+        read_image(tmp_path / "nowhere.png")
+
+
+def test_row_24_empty_roots_and_classes_are_errors_with_the_path(tmp_path):
+    with pytest.raises(DataError, match="there is no data folder"):
+        open_dataset(tmp_path / "missing", 16)
+    with pytest.raises(DataError, match="no class folders"):
+        open_dataset(tmp_path, 16)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="cat holds no JPEG"):
+        open_dataset(tmp_path, 16)
+    with pytest.raises(DataError, match="holds no JPEG"):
+        list_images(tmp_path)
+
+
+def test_row_25_every_mode_becomes_rgb_and_alpha_goes_over_white(tmp_path):
+    red = Image.new("RGB", (4, 4), (200, 0, 0))
+    for mode in ("L", "RGB", "RGBA", "LA", "P", "1", "CMYK"):
+        path = tmp_path / (f"{mode}.jpg" if mode == "CMYK" else f"{mode}.png")
+        red.convert(mode).save(path)
+        image = read_image(path)
+        assert image.mode == "RGB" and image.size == (4, 4), mode
+    assert read_image(tmp_path / "RGB.png").getpixel((0, 0)) == (200, 0, 0)
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "hole.png", transparency=1)
+    assert read_image(tmp_path / "hole.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_row_26_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)[None]
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert np.asarray(read_image(tmp_path / "ramp.png"))[0, :, 0].tolist() == list(range(256))
+
+
+def test_row_27_decompression_bombs_are_refused_by_their_header(tmp_path):
+    """20,000 x 20,000 pixels claimed in 70 bytes; and 10,000 x 10,000, at which Pillow itself only warns."""
+    for side in (20_000, 10_000):
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        chunks = b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+                          for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 9))))  # fmt: skip
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+        with pytest.raises(DataError, match="bomb.png claims to be larger"):
+            read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 200)])
+def test_row_28_small_and_extreme_pictures_are_scaled_up_in_bounded_memory(size, monkeypatch):
+    largest, resize = [0], Image.Image.resize
+
+    def watched(image, target, *args):
+        largest[0] = max(largest[0], target[0] * target[1])
+        return resize(image, target, *args)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    for crop in (center_crop(Image.new("RGB", size, "red"), 256),
+                 random_crop(Image.new("RGB", size, "red"), 256, keyed_generator(0))):  # fmt: skip
+        assert crop.size == (256, 256) and crop.getpixel((128, 128)) == (255, 0, 0)
+    assert largest[0] <= 32 * 256 * 256
+
+
+def test_row_28_bad_exif_is_ignored(tmp_path):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), dtype=np.uint8))
+    image.save(tmp_path / "exif.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
+    assert read_image(tmp_path / "exif.jpg").size == (8, 8)
+
+
+def test_row_24_a_bad_picture_stops_a_loader_with_workers_too(folder):
+    (folder / "dog" / "1.png").write_bytes(b"broken")
+    dataset = open_dataset(str(folder), 16)
+    for workers in (0, 2):
+        with pytest.raises(DataError, match="1.png is not a readable"):
+            list(training_batches(dataset, BatchNumbers(0, 1, 5, 5), 0, 0.1, 1.0, workers, pin=False))
+
+
+# ---- pictures for people ---------------------------------------------------------------------------------------------
+
+
+def test_grid_places_pictures_row_by_row():
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 6) * 50
+    sheet = np.asarray(picture_grid(images, columns=2))
+    assert sheet.shape == (3 * 6 + 2, 2 * 8 + 2, 3)
+    for i in range(5):
+        assert (sheet[2 + i // 2 * 6 :][:4, 2 + i % 2 * 8 :][:, :6] == 50 * i).all()
+    assert picture_grid(images, 2, ["a", "long name", "c"]).width > sheet.shape[1]
+
+
+def test_gif_plays_every_frame_and_ends_on_the_picture(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 100, 200)]
+    frames[2].putpixel((0, 0), (0, 90, 0))
+    save_gif(tmp_path / "film.gif", frames)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 3
+        film.seek(2)
+        assert film.convert("RGB").getpixel((4, 4)) == (200, 0, 0)
+    assert os.listdir(tmp_path) == ["film.gif"]
+
+
+def test_imagenet_class_names_are_in_index_order():
+    names = (data.ASSETS / "imagenet_classes.txt").read_text().splitlines()
+    assert len(names) == len(set(names)) == 1000
+    assert names[0] == "tench" and names[207] == "golden retriever" and names[999] == "toilet tissue"

@@ -1,0 +1,193 @@
+"""The transformer: Eq. 5 and 6, its parts against naive forms, and the released implementation's numbers."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from checkpoint import reference_names
+from model import (PRESETS, Attention, PixNerd, PixNerdConfig, count_flops, patchify, rotary_table, rotate,
+                   unpatchify)  # fmt: skip
+
+TINY = PixNerdConfig(num_classes=3, resolution=16, patch_size=4, hidden_size=32, num_heads=2, depth=2, field_depth=1,
+                     field_width=8)  # fmt: skip
+
+
+def randomised(config, seed=0):
+    """A model with a non-zero output layer, so that the output depends on everything before it."""
+    torch.manual_seed(seed)
+    model = PixNerd(config)
+    torch.nn.init.normal_(model.decoder.output.weight, std=0.5)
+    return model.eval()
+
+
+def test_eq_5_patches_go_out_and_back():
+    """Patch 1 of the row-major grid is right of patch 0, its values channel by channel."""
+    x = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
+    patches = patchify(x, 4, 6)
+    assert patches.shape == (2, 4, 3, 24)
+    assert torch.equal(patches[1, 1], x[1, :, 0:4, 6:12].reshape(3, 24))
+    assert torch.equal(patches[1, 2], x[1, :, 4:8, 0:6].reshape(3, 24))
+    assert torch.equal(unpatchify(patches, 2, 4, 6), x)
+
+
+@pytest.mark.parametrize("decoder", ["field", "linear"])
+@pytest.mark.parametrize("height,width", [(16, 16), (8, 24), (4, 4)])
+def test_eq_6_velocity_has_the_shape_of_the_image_and_starts_at_zero(decoder, height, width):
+    model = PixNerd(dataclasses.replace(TINY, decoder=decoder))
+    v = model(torch.randn(2, 3, height, width), torch.rand(2), torch.tensor([0, 3]))
+    assert v.shape == (2, 3, height, width)
+    assert v.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("decoder", ["field", "linear"])
+def test_eq_6_velocity_depends_on_image_time_and_class(decoder):
+    """And not on the rest of the batch. Catches conditioning that is computed and never used."""
+    model = randomised(dataclasses.replace(TINY, decoder=decoder))
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6]), torch.tensor([0, 1])
+    v = model(x, t, y)
+    for changed in (model(x + 0.1, t, y), model(x, t + 0.1, y), model(x, t, y + 1)):
+        assert (changed - v).abs().amax() > 1e-4
+    torch.testing.assert_close(model(x[1:], t[1:], y[1:]), v[1:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["c2i_square", "c2i_wide"])
+def test_velocity_and_gradients_are_the_released_implementations(golden_model, name):
+    """The golden numbers pin every formula at once: order of AdaLN, rotary pairs, time frequencies, weight layout."""
+    model, file = golden_model(name)
+    v = model(file["x"], file["t"], file["y"])
+    assert (v - file["v"]).abs().max() < 1e-5 * file["v"].abs().max()
+    (v * file["cotangent"]).sum().backward()
+    names = reference_names(model.config)
+    for ours, p in model.named_parameters():
+        expected = file["g." + names[ours]]
+        got = p.grad if expected.ndim else p.grad.norm()  # large gradients are stored as their norm
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max(), ours
+
+
+def test_features_are_the_tokens_after_the_named_block():
+    model = randomised(TINY)
+    inputs = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
+    seen = []
+    model.blocks[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    v, features = model(*inputs, features_at=1)
+    assert features.shape == (2, 16, 32)
+    assert torch.equal(features, seen[0])
+    assert torch.equal(v, model(*inputs))
+
+
+@pytest.mark.parametrize("rows,columns", [(4, 4), (2, 6)])
+def test_rotary_table_is_the_released_one(golden, rows, columns):
+    table = rotary_table(rows, columns, 16).permute(1, 2, 0)
+    torch.testing.assert_close(table, golden("encoding")[f"rope2d_{rows}x{columns}"], atol=1e-6, rtol=0)
+
+
+def test_rotary_turns_neighbouring_pairs_by_column_then_row():
+    """As complex numbers: pair 2j by x f_j, pair 2j+1 by y f_j. Catches the half-split layout of other code bases."""
+    Dh, rows, columns = 8, 2, 3
+    x = torch.randn(1, 1, rows * columns, Dh)
+    turned = rotate(x, rotary_table(rows, columns, Dh))
+    for token in range(rows * columns):
+        place_y, place_x = 16 * (token // columns) / (rows - 1), 16 * (token % columns) / (columns - 1)
+        for pair in range(Dh // 2):
+            frequency = 10000 ** (-(pair // 2) * 4 / Dh)
+            angle = (place_y if pair % 2 else place_x) * frequency
+            z = complex(*x[0, 0, token, 2 * pair : 2 * pair + 2]) * complex(math.cos(angle), math.sin(angle))
+            got = turned[0, 0, token, 2 * pair : 2 * pair + 2].tolist()
+            assert got == pytest.approx([z.real, z.imag], abs=1e-4)
+
+
+def test_attention_equals_softmax_of_normalised_products():
+    torch.manual_seed(0)
+    layer, h, table = Attention(16, 2), torch.randn(2, 6, 16), rotary_table(2, 3, 8)
+    q, k, v = layer.qkv(h).view(2, 6, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k = (rotate(a / (a.square().mean(-1, keepdim=True) + 1e-6).sqrt(), table) for a in (q, k))
+    weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
+    torch.testing.assert_close(layer(h, table), layer.proj((weights @ v).transpose(1, 2).reshape(2, 6, 16)))
+
+
+def test_parameter_counts_are_the_papers():
+    """L 458 M and XL 700 M in the paper; counting gives 452.1 and 700.6 (the paper's L is rounded differently)."""
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in PixNerd(PRESETS[name]).parameters()) for name in ("L", "XL")}
+    assert counts == {"L": 452_113_795, "XL": 700_589_219}
+
+
+def test_count_flops_counts_what_runs():
+    """Against PyTorch's own counter of matrix products. Ours leaves out only the rotation and other elementwise work."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for choices in ({}, {"decoder": "linear"}, {"encoding": "sincos"}):
+        config = dataclasses.replace(TINY, **choices)
+        model, counter = PixNerd(config), FlopCounterMode(display=False)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel's products go uncounted on CPUs
+            model(torch.randn(16, 3, 16, 24), torch.rand(16), torch.zeros(16, dtype=torch.long))
+        assert counter.get_total_flops() / 16 == pytest.approx(count_flops(config, 16, 24), rel=0.02)
+
+
+def test_another_density_at_factor_one_is_the_plain_path():
+    model = randomised(TINY)
+    inputs = torch.randn(2, 3, 8, 16), torch.rand(2), torch.tensor([0, 1])
+    assert torch.equal(model(*inputs, grid=(2, 4)), model(*inputs))
+
+
+def test_section_4_5_larger_patches_sample_the_same_field():
+    """A 4x4-token image drawn with 7 x 5 pixels per patch, against the field evaluated pixel by pixel."""
+    model = randomised(TINY)
+    x, t, y = torch.randn(1, 3, 28, 20), torch.tensor([0.4]), torch.tensor([2])
+    v = model(x, t, y, grid=(4, 4))
+    caught = {}
+    model.decoder.register_forward_pre_hook(lambda module, args: caught.update(s=args[1]))
+    small = torch.nn.functional.interpolate(x, (16, 16), mode="nearest")
+    model(small, t, y)  # the trunk must see exactly this image
+    places = model.decoder.encode(7, 5)
+    for token in range(16):
+        top, left = token // 4 * 7, token % 4 * 5
+        for i, j in ((0, 0), (3, 1), (6, 4)):
+            z = model.decoder.embed(torch.cat([x[0, :, top + i, left + j], places[i * 5 + j]]))[None, None]
+            for block in model.decoder.blocks:
+                z = block(z, caught["s"][token : token + 1])
+            expected = model.decoder.output(model.decoder.norm(z))[0, 0]
+            torch.testing.assert_close(v[0, :, top + i, left + j], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["field", "all"])
+def test_recomputing_activations_changes_no_gradient(recompute):
+    gradients = []
+    for mode in ("none", recompute):
+        model = randomised(TINY)
+        model.recompute = mode
+        model(torch.ones(2, 3, 16, 16), torch.tensor([0.2, 0.7]), torch.tensor([0, 1])).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"hidden_size": 30}, "hidden_size 30"), ({"decoder": "mlp"}, "decoder is 'mlp'"), ({"depth": 0}, "depth is 0"),
+    ({"resolution": 18}, "18x18 pixels"), ({"encoding": "fourier"}, "dct, sincos"), ({"field_norm": "all"}, "field_norm"),
+])  # fmt: skip
+def test_impossible_configurations_name_the_field(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_an_image_that_patches_do_not_fill_is_an_error():
+    with pytest.raises(ValueError, match="18x16 pixels cannot be cut into patches of 4"):
+        PixNerd(TINY)(torch.zeros(1, 3, 18, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+
+
+def test_same_blocks_compile_without_a_graph_break():
+    """fullgraph=True raises at a graph break; the numbers must not change either."""
+    from device import compiler_trouble
+
+    if compiler_trouble():
+        pytest.skip("no working compiler")
+    model = randomised(TINY)
+    inputs = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
+    plain = model(*inputs)
+    model.compile_blocks()
+    compiled = model(*inputs)
+    compiled.sum().backward()
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)

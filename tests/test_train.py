@@ -1,0 +1,264 @@
+"""The training loop as a user starts it: it learns, it resumes exactly, and mistakes get one line."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checkpoint import load_checkpoint
+from data import from_uint8, open_dataset
+from flow import flow_matching_loss, interpolate, sample_time
+from model import PixNerd
+from test_model import TINY
+
+ROOT = pathlib.Path(__file__).parent.parent
+# A model of a few thousand weights, in float32 and one thread, so that equal means equal to the last bit.
+QUICK = ["--patch-size", "16", "--field-width", "8", "--field-depth", "1", "--batch-size", "4", "--precision", "fp32",
+         "--compile", "off", "--preview-every", "0", "--device", "cpu"]  # fmt: skip
+
+
+def start(out, *flags, **kwargs):
+    """train.py in a process of its own."""
+    return subprocess.Popen([sys.executable, ROOT / "train.py", "--out", out, *QUICK, *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=out.parent,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)  # fmt: skip
+
+
+def train(out, *flags):
+    """Runs train.py to its end: (exit status, stdout, stderr)."""
+    process = start(out, *flags)
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, stdout, stderr
+
+
+def last(out):
+    """The checkpoint that a run ended with."""
+    return load_checkpoint(out / "last.pt")
+
+
+def assert_same_run(a, b):
+    """Model, EMA, optimizer and step equal to the bit."""
+    assert a["step"] == b["step"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part]), part
+    for index, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][index][key]) for key, value in moments.items())
+
+
+def refuses(out, *flags):
+    """Runs train.py with a mistake in it and gives the one line that it answers."""
+    status, stdout, stderr = train(out, *flags)
+    assert status in (1, 2), stdout + stderr
+    assert "Traceback" not in stderr, stderr
+    return stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes with three pictures each."""
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.RandomState(i).randint(0, 256, (32, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+# ---- it learns -------------------------------------------------------------------------------------------------------
+
+
+def test_one_batch_is_overfitted():
+    """Eight pictures with fixed noise and times: the loss falls to a twentieth. Catches detached or dead parameters."""
+    torch.manual_seed(0)
+    x = from_uint8(torch.stack([open_dataset("emoji", 32)[200 * i][0] for i in range(8)]))
+    noise, t, y = torch.randn_like(x), sample_time(8), torch.arange(8) % 3
+    model = PixNerd(TINY.__class__(**(TINY.__dict__ | {"hidden_size": 64, "num_heads": 4, "resolution": 32, "field_width": 16})))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(300):
+        loss = flow_matching_loss(model(interpolate(x, noise, t), t, y), x, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 20, losses[-1]
+
+
+@pytest.mark.parametrize("choice", [["--field-norm", "none"], ["--field-norm", "first"], ["--field-norm", "both"],
+                                    ["--encoding", "sincos"], ["--decoder", "linear"], ["--field-depth", "3"],
+                                    ["--recompute", "all"], ["--augment"]], ids=lambda choice: "=".join(choice))  # fmt: skip
+def test_each_of_the_papers_choices_trains_and_samples(tmp_path, choice):
+    out = tmp_path / "run"
+    status, _, stderr = train(out, "--steps", 2, *choice)
+    assert status == 0, stderr
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", out / "last.pt", "--class", "flags", "--num", "1",
+                           "--steps", "2", "--out", tmp_path / "x.png"], capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "x.png").size == (36, 36)
+
+
+def test_metrics_previews_and_dry_run(tmp_path):
+    out = tmp_path / "run"
+    status, stdout, stderr = train(out, "--steps", 4, "--log-every", 2, "--preview-every", 2)
+    assert status == 0, stderr
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert math.isfinite(line["loss"]) and len(line["loss_by_time"]) == 10 and line["images_per_second"] > 0
+    assert sorted(os.listdir(out / "previews")) == ["step-00000002.png", "step-00000004.png"]
+    assert (out / "samples.png").read_bytes() == (out / "previews" / "step-00000004.png").read_bytes()
+    assert stdout.count("images/s") == 2  # not a terminal: one line per log step, no progress bar
+    status, stdout, _ = train(tmp_path / "dry", "--dry-run")
+    assert status == 0 and not (tmp_path / "dry").exists()
+    for word in ("parameters", "GFLOP per image", "images per epoch", "memory"):
+        assert word in stdout
+
+
+# ---- it survives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of 8 steps in one go."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    status, _, stderr = train(out, "--steps", 8, "--save-every", 3)
+    assert status == 0, stderr
+    return out
+
+
+def test_row_20_stopped_and_resumed_equals_one_go(uninterrupted, tmp_path):
+    """Stopped by SIGTERM wherever it happens to be, and started again until it is through."""
+    out, starts = tmp_path / "run", 0
+    while not (out / "last.pt").exists() or last(out)["step"] < 8:
+        process = start(out, "--steps", 8, "--save-every", 3, "--log-every", 1)
+        for line in process.stdout:
+            if line.startswith("step "):
+                process.send_signal(signal.SIGTERM)
+                break
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
+        starts += 1
+        assert starts < 9
+    assert starts > 1
+    assert_same_run(last(out), last(uninterrupted))
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_row_2_killed_anywhere_resumes_exactly(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--steps", 8, "--save-every", 1)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("step-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    status, _, stderr = train(out, "--steps", 8, "--save-every", 3)
+    assert status == 0, stderr
+    assert_same_run(last(out), last(uninterrupted))
+
+
+def test_row_19_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path):
+    """Workers to the bit; micro-batches add gradients in another order, so to rounding."""
+    out = tmp_path / "workers"
+    assert train(out, "--steps", 5, "--workers", 2)[0] == 0
+    assert train(out, "--steps", 8)[0] == 0
+    assert_same_run(last(out), last(uninterrupted))
+    out = tmp_path / "micro"
+    assert train(out, "--steps", 8, "--micro-batch", 2)[0] == 0
+    for key, value in last(uninterrupted)["model"].items():
+        torch.testing.assert_close(last(out)["model"][key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_resuming_a_finished_run_does_nothing(uninterrupted):
+    before = (uninterrupted / "last.pt").stat().st_mtime_ns
+    status, stdout, _ = train(uninterrupted, "--steps", 8, "--save-every", 3)
+    assert status == 0 and "nothing to do" in stdout
+    assert (uninterrupted / "last.pt").stat().st_mtime_ns == before
+
+
+def test_row_21_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 2)[0] == 0
+    message = refuses(out, "--steps", 9, "--lr", "1e38", "--log-every", 1)
+    assert "finite on rank 0 at step" in message
+    assert last(out)["step"] == 2
+    assert all(value.isfinite().all() for value in last(out)["model"].values())
+
+
+def test_row_17_a_checkpoint_of_another_configuration_names_the_field(uninterrupted):
+    for flags, field, old, new in ((["--field-width", 4], "field_width", 8, 4), (["--seed", 5], "seed", 0, 5),
+                                   (["--batch-size", 8], "batch_size", 4, 8), (["--resolution", 64], "resolution", 32, 64),
+                                   (["--field-norm", "both"], "field_norm", "'output'", "'both'")):  # fmt: skip
+        message = refuses(uninterrupted, "--steps", 9, *flags)
+        assert f"{field}={old}" in message and str(new) in message
+
+
+def test_row_29_changed_data_is_refused_unless_accepted(folder, tmp_path):
+    out, flags = tmp_path / "run", ("--data", folder)
+    assert train(out, "--steps", 1, *flags)[0] == 0
+    Image.new("RGB", (32, 32)).save(folder / "cat" / "more.png")
+    assert "--accept-changed-data" in refuses(out, "--steps", 2, *flags)
+    assert train(out, "--steps", 2, "--accept-changed-data", *flags)[0] == 0
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_row_15_an_output_that_cannot_be_written_stops_before_training(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in refuses(tmp_path / "file", "--steps", 1)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_row_22_class_folders_of_another_number_are_refused_before_step_1(folder, tmp_path):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 1, "--data", folder)[0] == 0
+    (folder / "eel").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "eel" / "0.png")
+    assert "num_classes=2" in refuses(out, "--steps", 2, "--data", folder)
+
+
+def test_row_24_and_31_bad_data_sets_are_named(folder, tmp_path):
+    out = tmp_path / "run"
+    assert "nowhere" in refuses(out, "--data", tmp_path / "nowhere")
+    assert "6 images, fewer than --batch-size 8" in refuses(out, "--data", folder, "--batch-size", 8)
+    (folder / "dog" / "0.png").write_bytes(b"")
+    for workers in (0, 1):
+        assert "0.png" in refuses(out, "--data", folder, "--steps", 9, "--workers", workers)
+    (folder / "empty").mkdir()
+    assert "empty holds no" in refuses(out, "--data", folder)
+
+
+def test_impossible_flags_are_named(tmp_path):
+    out = tmp_path / "run"
+    assert "cut into patches of 5" in refuses(out, "--patch-size", 5)
+    assert "--micro-batch 3" in refuses(out, "--micro-batch", 3)
+    assert "needs --data" in refuses(out, "--size", "XL")
+    assert "--device nonsense" in refuses(out, "--device", "nonsense")
+    assert "32 or 64, not 48" in refuses(out, "--resolution", 48)
+    assert not list(out.glob("*.pt"))
+
+
+def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.run([sys.executable, ROOT / "train.py", "--out", out, *QUICK, "--compile", "auto", "--steps", "1"],
+                             capture_output=True, text=True, timeout=120,
+                             env=os.environ | {"CXX": "/nonexistent/g++", "PATH": "/nonexistent",
+                                               "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("not compiling") == 1
+    assert last(out)["step"] == 1
