@@ -28,20 +28,40 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, FORMAT, check_same, checked_config, load_run, load_weights, save_run
+from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
+                        load_weights, save_run)  # fmt: skip
 from data import BatchNumbers, DataError, from_uint8, keyed_generator, open_dataset, picture_grid, to_uint8, training_batches
-from device import DeviceError, autocast, compiler_trouble, pick_device, pick_precision, synchronize
-from flow import flow_matching_loss, interpolate
+from device import DeviceError, autocast, compiler_trouble, pick_device, pick_precision
+from dinov2 import TeacherError, load_dinov2
+from download import DownloadError
+from flow import alignment_loss, flow_matching_loss, interpolate
 from model import PRESETS, PixNerd, count_flops
 from samplers import adams, guide, time_grid
 
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "The five-minute run").
 PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256, data=None,
              log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=64, steps=1000, lr=1e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
-            log_every=20, preview_every=200, save_every=200)  # fmt: skip
+NANO = dict(batch_size=32, steps=1800, lr=4e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
+            log_every=50, preview_every=300, save_every=300)  # fmt: skip
 TIME_BINS = 10
 PREVIEWS_PER_CLASS, PREVIEW_STEPS, PREVIEW_CFG = 8, 20, 2.5
+
+
+class Student(nn.Module):
+    """What is trained, as one module: the model and, for --repa, the projector from its tokens to the teacher's."""
+
+    def __init__(self, model, repa_block, teacher_width):
+        super().__init__()
+        self.model, self.repa_block = model, repa_block
+        D = model.config.hidden_size
+        self.projector = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(),
+                                       nn.Linear(D, teacher_width)) if teacher_width else None  # fmt: skip
+
+    def forward(self, x_t, t, y):
+        if self.projector is None:
+            return self.model(x_t, t, y), None  # (B, C, H, W)
+        v, tokens = self.model(x_t, t, y, features_at=self.repa_block)  # (B, C, H, W), (B, L, D)
+        return v, self.projector(tokens)  # (B, C, H, W), (B, L, teacher's width)
 
 
 class TrainingError(RuntimeError):
@@ -55,10 +75,10 @@ def parse_args(argv=None):
     add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
     add("--data", help="emoji, or a folder of class folders (default: emoji for Nano)")
     add("--resolution", type=int, help="side of the training images in pixels (Nano: 32, others: 256)")
-    add("--batch-size", type=int, help="images per step over all processes (Nano: 64, others: 256)")
+    add("--batch-size", type=int, help="images per step over all processes (Nano: 32, others: 256)")
     add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all at once)")
-    add("--steps", type=int, help="train until this step (Nano: 1000, others: 800000)")
-    add("--lr", type=float, help="learning rate (Nano: 1e-3, others: 1e-4)")
+    add("--steps", type=int, help="train until this step (Nano: 1800, others: 800000)")
+    add("--lr", type=float, help="learning rate (Nano: 4e-3, others: 1e-4)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
     add("--warmup", type=int, help="steps over which the learning rate rises from 0")
     add("--weight-decay", type=float, default=0.0)
@@ -66,6 +86,11 @@ def parse_args(argv=None):
     add("--ema", type=float, help="decay of the averaged weights per step (Nano: 0.99, others: 0.9999)")
     add("--drop-label", type=float, default=0.1, help="share of samples trained without their class, for guidance")
     add("--shift", type=float, default=1.0, help="time shift of the training times")
+    add("--repa", type=float, default=0.0, help="weight of the alignment with DINOv2 (0: none; the paper: 0.5)")
+    add("--repa-block", type=int, default=8, help="the block whose output is aligned, counted from 1")
+    add("--dino", help="DINOv2 weights (default: ViT-B/14, downloaded once)")
+    add("--init", help="start from the weights of this checkpoint, ours or released (fine-tuning)")
+    add("--num-classes", type=int, help="refuse data with another number of classes (default: take what is there)")
     add("--augment", action="store_true", help="random crop and flip in place of the centre crop")
     add("--patch-size", type=int, help="instead of the preset's")
     add("--decoder", choices=["field", "linear"], help="linear: the paper's baseline")
@@ -133,6 +158,22 @@ def describe(args, config, dataset, world):
     ])  # fmt: skip
 
 
+def start_from(model, path):
+    """--init: gives `model` the EMA weights of a checkpoint; what was done, in words.
+
+    Another resolution is fine (positions are interpolated). Another number of classes makes the class embedding anew,
+    and only that. Raises CheckpointError for anything else that differs.
+    """
+    source = load_model(path)
+    weights, note = source.state_dict(), f"starting from {path}"
+    if source.config.num_classes != model.config.num_classes:
+        weights["class_embed.weight"] = model.class_embed.weight
+        note += (f"; its class embedding was for {source.config.num_classes} classes, this run has "
+                 f"{model.config.num_classes}: made anew")  # fmt: skip
+    load_weights(model, weights, path)
+    return note
+
+
 def learning_rate(args, step):
     """The learning rate of a step: a linear rise over --warmup, then constant or half a cosine down to 0 at --steps."""
     rise = min(1.0, (step + 1) / (args.warmup + 1))
@@ -173,8 +214,11 @@ def main():
     # -- Data.
     dataset = open_dataset(args.data, args.resolution, args.augment)
     config = args.config
-    if args.data != "emoji" or config.num_classes != len(dataset.classes):
-        config = dataclasses.replace(config, num_classes=len(dataset.classes))
+    if args.num_classes not in (None, len(dataset.classes)):
+        raise DataError(f"{args.data} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
+    config = dataclasses.replace(config, num_classes=len(dataset.classes))
+    if args.repa and not 1 <= args.repa_block <= config.depth:
+        raise DataError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
     if len(dataset) < args.batch_size:
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
     if args.dry_run:
@@ -195,21 +239,29 @@ def main():
     # Decisions that all ranks must share travel over the CPU, so that they never make a GPU wait.
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30)) if world > 1 else None
 
-    # -- Model, its running average, and the optimizer.
+    # -- Model, its running average, the frozen teacher of --repa, and the optimizer.
     torch.manual_seed(args.seed)
-    model = PixNerd(config).to(device)
+    model = PixNerd(config)
+    if args.init:
+        say(start_from(model, args.init))
+    teacher = load_dinov2(args.dino).to(device) if args.repa else None
+    student = Student(model, args.repa_block, teacher.norm.weight.numel() if teacher else 0).to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parameters = list(model.parameters())
+    parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
 
     # -- Resume. What makes it another run is refused; what only changes its course (--lr, --steps) is not.
     identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
-        "seed", "batch_size", "drop_label", "shift", "augment")}  # fmt: skip
+        "seed", "batch_size", "drop_label", "shift", "augment", "repa", "repa_block")}  # fmt: skip
     step = 0
-    found = load_run(out, warn=say)
-    if found:
-        path, state = found
+    # Rank 0 chooses among the checkpoints, so that all ranks take the same one even if another appears meanwhile.
+    found = load_run(out, warn=say) if rank == 0 else None
+    choice = [found and str(found[0])]
+    if world > 1:
+        dist.broadcast_object_list(choice, group=control)
+    if choice[0]:
+        path, state = found or (choice[0], load_checkpoint(choice[0]))
         checked_config(state, path)
         check_same(state["identity"], identity, path)
         if state["fingerprint"] != dataset.fingerprint and not args.accept_changed_data:
@@ -217,10 +269,12 @@ def main():
                                   "or give --accept-changed-data")  # fmt: skip
         load_weights(model, state["model"], path)
         load_weights(ema, state["ema"], path)
+        if student.projector:
+            load_weights(student.projector, state["projector"], path)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         say(f"resuming {path} at step {step}")
-        del state
+        del state, found
     if step >= args.steps:
         return say(f"{out} has {step} of {args.steps} steps: nothing to do (more with --steps)")
     metrics_path = out / "metrics.jsonl"
@@ -235,8 +289,8 @@ def main():
             say(f"not compiling, which is slower but the same: {trouble}")
         else:
             model.compile_blocks()
-    wrapped = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True) if world > 1 else model  # fmt: skip
+    wrapped = DistributedDataParallel(student, [device.index] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True) if world > 1 else student  # fmt: skip
 
     # -- Stopping. A signal only raises a flag; the loop below agrees on it over all ranks, saves and leaves.
     stop = {"signal": 0}
@@ -247,7 +301,8 @@ def main():
         if rank == 0:
             save_run(out, {"format": FORMAT, "config": dataclasses.asdict(config), "class_names": dataset.classes,
                            "identity": identity, "fingerprint": dataset.fingerprint, "step": step,
-                           "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()},
+                           "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                           "projector": student.projector.state_dict() if student.projector else None},
                      args.keep)  # fmt: skip
         if world > 1:
             dist.barrier(group=control)
@@ -258,7 +313,7 @@ def main():
     bins = torch.zeros(2, TIME_BINS, device=device)
     first_bad = torch.full((), -1, device=device)
     optimizer.found_inf = torch.zeros((), device=device)
-    norms = torch.zeros((), device=device)
+    norms, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
     logged_at, since, paused = step, time.perf_counter(), 0.0
 
     say(f"training {args.size} on {args.data}: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, "
@@ -278,9 +333,15 @@ def main():
             x_t = interpolate(x, batch["noise"], batch["t"])  # (B, 3, H, W), Eq. 1
             last = part == share // micro - 1
             with autocast(device, args.precision), wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                v = wrapped(x_t, batch["t"], batch["y"])  # (B, 3, H, W)
+                v, tokens = wrapped(x_t, batch["t"], batch["y"])  # (B, 3, H, W), (B, L, teacher's width)
                 loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
-                (loss.mean() * micro / share).backward()
+                total = loss.mean()
+                if teacher:
+                    seen = teacher(batch["image"] / 255, student_patch=config.patch_size)  # (B, L, teacher's width)
+                    alignment = alignment_loss(tokens, seen)
+                    total = total + args.repa * alignment
+                    aligned += alignment.detach() * micro / share
+                (total * micro / share).backward()
             where = (batch["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)  # (B)
             bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
@@ -310,6 +371,7 @@ def main():
                                     f"nothing after it was kept. Resume with a lower --lr, or with --clip 1")  # fmt: skip
             if world > 1:
                 dist.all_reduce(bins)
+                dist.all_reduce(aligned.div_(world))
             sums, counts = bins.tolist()
             elapsed = time.perf_counter() - since - paused
             steps_done = step - logged_at
@@ -321,6 +383,8 @@ def main():
                 "grad_norm": norms.item() / steps_done,
                 "images_per_second": round(steps_done * args.batch_size / elapsed, 1),
             }
+            if teacher:
+                line["alignment"] = aligned.item() / steps_done
             if rank == 0:
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -331,6 +395,7 @@ def main():
                     print(f"step {step}/{args.steps}, {text}, {left} left", flush=True)
             bins.zero_()
             norms.zero_()
+            aligned.zero_()
             logged_at, since, paused = step, time.perf_counter(), 0.0
 
         pause = time.perf_counter()
@@ -354,5 +419,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, DataError, DeviceError, TrainingError, OSError) as error:
+    except (CheckpointError, DataError, DeviceError, DownloadError, TeacherError, TrainingError, OSError) as error:
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
