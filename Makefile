@@ -11,6 +11,9 @@ demo: $(VENV)/ready
 	@echo "Look at samples.png: one row per class, drawn by the model that you just trained."
 
 test: $(VENV)/ready
+	$(RUN) -m pytest -q -m "not slow" tests
+
+test-all: $(VENV)/ready
 	$(RUN) -m pytest -q tests
 
 # Made again when requirements.txt changes; the marker is written last, so a broken installation is not taken for one.
@@ -22,4 +25,4 @@ $(VENV)/ready: requirements.txt
 clean:
 	rm -rf $(VENV) samples.png
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean

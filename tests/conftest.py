@@ -1,6 +1,5 @@
 """Shared by all tests: the project on the path, and golden files of the public implementation, read once."""
 
-import os
 import pathlib
 import sys
 
@@ -12,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 # Two threads at most, so that timings and rounding do not depend on the machine that runs the tests.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """The training loop as a user starts it: it learns, it resumes exactly, and mistakes get one line."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 from checkpoint import load_checkpoint
 from data import from_uint8, open_dataset
 from flow import flow_matching_loss, interpolate, sample_time
@@ -23,24 +27,45 @@ from test_model import TINY
 ROOT = pathlib.Path(__file__).parent.parent
 # A model of a few thousand weights, in float32 and one thread, so that equal means equal to the last bit.
 QUICK = ["--patch-size", "16", "--field-width", "8", "--field-depth", "1", "--batch-size", "4", "--precision", "fp32",
-         "--compile", "off", "--preview-every", "0", "--device", "cpu"]  # fmt: skip
+         "--compile", "off", "--preview-every", "0", "--device", "cpu", "--schedule", "constant"]  # fmt: skip
 
 
-def start(out, *flags, **kwargs):
-    """train.py in a process of its own."""
-    return subprocess.Popen([sys.executable, ROOT / "train.py", "--out", out, *QUICK, *map(str, flags)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=out.parent,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)  # fmt: skip
+def command(out, *flags):
+    """The arguments of a quick run."""
+    return [str(ROOT / "train.py"), "--out", str(out), *QUICK, *map(str, flags)]
+
+
+def start(out, *flags):
+    """train.py in a process of its own, for runs that are to be killed."""
+    return subprocess.Popen([sys.executable, *command(out, *flags)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
 def train(out, *flags):
-    """Runs train.py to its end: (exit status, stdout, stderr)."""
-    process = start(out, *flags)
+    """Runs train.py as a script, to its end: (exit status, stdout, stderr).
+
+    In this process, since starting Python and torch takes longer than these runs. An exception other than SystemExit,
+    which a user would see as a traceback, fails the test that called this.
+    """
+    stdout, stderr, status, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        sys.argv = command(out, *flags)
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as leaving:
+        if isinstance(leaving.code, str):  # what Python prints on stderr when it leaves with a text
+            status, stderr = 1, io.StringIO(stderr.getvalue() + leaving.code)
+        else:
+            status = leaving.code or 0
     finally:
-        process.kill()
-    return process.returncode, stdout, stderr
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status, stdout.getvalue(), stderr.getvalue()
 
 
 def last(out):
@@ -61,7 +86,6 @@ def refuses(out, *flags):
     """Runs train.py with a mistake in it and gives the one line that it answers."""
     status, stdout, stderr = train(out, *flags)
     assert status in (1, 2), stdout + stderr
-    assert "Traceback" not in stderr, stderr
     return stderr.strip().splitlines()[-1]
 
 
@@ -84,10 +108,10 @@ def test_one_batch_is_overfitted():
     torch.manual_seed(0)
     x = from_uint8(torch.stack([open_dataset("emoji", 32)[200 * i][0] for i in range(8)]))
     noise, t, y = torch.randn_like(x), sample_time(8), torch.arange(8) % 3
-    model = PixNerd(TINY.__class__(**(TINY.__dict__ | {"hidden_size": 64, "num_heads": 4, "resolution": 32, "field_width": 16})))
+    model = PixNerd(TINY.__class__(**(TINY.__dict__ | {"hidden_size": 64, "num_heads": 4, "resolution": 32, "patch_size": 8, "field_width": 16})))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(300):
+    for _ in range(250):
         loss = flow_matching_loss(model(interpolate(x, noise, t), t, y), x, noise)
         optimizer.zero_grad()
         loss.backward()
@@ -100,13 +124,13 @@ def test_one_batch_is_overfitted():
 @pytest.mark.parametrize("choice", [["--field-norm", "none"], ["--field-norm", "first"], ["--field-norm", "both"],
                                     ["--encoding", "sincos"], ["--decoder", "linear"], ["--field-depth", "3"],
                                     ["--recompute", "all"], ["--augment"]], ids=lambda choice: "=".join(choice))  # fmt: skip
-def test_each_of_the_papers_choices_trains_and_samples(tmp_path, choice):
+def test_each_of_the_papers_choices_trains_and_samples(tmp_path, monkeypatch, choice):
     out = tmp_path / "run"
     status, _, stderr = train(out, "--steps", 2, *choice)
     assert status == 0, stderr
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", out / "last.pt", "--class", "flags", "--num", "1",
-                           "--steps", "2", "--out", tmp_path / "x.png"], capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(out / "last.pt"), "--class", "flags", "--num", "1",
+                                      "--steps", "2", "--out", str(tmp_path / "x.png")])  # fmt: skip
+    sample.main()
     assert Image.open(tmp_path / "x.png").size == (36, 36)
 
 
