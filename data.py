@@ -16,7 +16,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from flow import sample_time
 
@@ -249,25 +249,36 @@ def training_batches(dataset, numbers, seed, drop_label, shift, workers, pin):
 # ---- pictures for people ---------------------------------------------------------------------------------------------
 
 
-def picture_grid(images, columns=None, titles=None):
-    """uint8 images (N, 3, H, W) -> one RGB picture, row by row, with 2 white pixels between; `titles` names the rows."""
-    count, _, height, width = images.shape
+def picture_grid(images, columns=None, titles=None, headings=None):
+    """uint8 images (N, 3, H, W) -> one RGB picture, row by row, with 2 white pixels between; `titles` names the rows.
+
+    With `headings` the images are that many groups of equal number, one grid each, side by side under their headings.
+    """
+    font = ImageFont.load_default()
+    panels = len(headings or [""])
+    count, _, height, width = len(images) // panels, *images.shape[1:]
     columns = columns or min(count, max(1, round(count**0.5)))
     rows = -(-count // columns)
-    margin = 8 + max(len(title) for title in titles) * 6 if titles else 0  # Pillow's own font is 6 pixels wide
-    sheet = Image.new("RGB", (margin + columns * (width + 2) + 2, rows * (height + 2) + 2), "white")
+    left = 8 + max(int(font.getlength(title)) for title in titles) if titles else 0
+    top = 14 if headings else 0
+    step = max([columns * (width + 2), *(int(font.getlength(heading)) + 8 for heading in headings or [])])  # of a panel
+    sheet = Image.new("RGB", (left + panels * step + 2, top + rows * (height + 2) + 2), "white")
+    write = ImageDraw.Draw(sheet).text
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        row, column = divmod(i, columns)
-        sheet.paste(Image.fromarray(image), (margin + 2 + column * (width + 2), 2 + row * (height + 2)))
+        panel, place = divmod(i, count)
+        row, column = divmod(place, columns)
+        corner = left + 2 + panel * step + column * (width + 2), top + 2 + row * (height + 2)
+        sheet.paste(Image.fromarray(image), corner)
     for row, title in enumerate(titles or []):
-        place = (margin - 4, 2 + row * (height + 2) + height // 2)
-        ImageDraw.Draw(sheet).text(place, title, fill="black", anchor="rm")
+        write((left - 4, top + 2 + row * (height + 2) + height // 2), title, "black", font, anchor="rm")
+    for panel, heading in enumerate(headings or []):
+        write((left + 2 + panel * step, 8), heading, "black", font, anchor="lm")
     return sheet
 
 
-def save_gif(path, frames, milliseconds=80, hold=1500):
-    """Pictures of one size -> an endless GIF, the last frame held for `hold` milliseconds."""
+def save_gif(path, frames, milliseconds=80, hold=1500, comment=""):
+    """Pictures of one size -> an endless GIF, the last frame held for `hold` milliseconds, with a comment inside."""
     palette = frames[-1].quantize(255)  # one palette for all frames, taken from the finished picture: no flicker
     durations = [milliseconds] * (len(frames) - 1) + [hold]
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=comment)

@@ -1,8 +1,8 @@
 """FID, sFID, Inception Score, precision and recall, with the formulas and habits of ADM's evaluator.
 
 A generated picture cannot be right or wrong; only a crowd of them can resemble a crowd of real ones. All five
-numbers compare two crowds by the features that one classifier sees (inception.py). The paper's numbers come from the
-evaluator of ADM (Dhariwal & Nichol, arXiv 2105.05233), a TensorFlow 1 program; this file computes the same.
+numbers compare two crowds by the features that one classifier sees (inception.py). The paper's numbers come from
+the evaluator of ADM (Dhariwal & Nichol, arXiv 2105.05233), a TensorFlow 1 program; this file computes the same.
 
     python eval_fid.py VIRTUAL_imagenet256_labeled.npz samples.npz            # the paper's protocol
     python eval_fid.py IMAGENET/train samples.npz --resolution 256 --save-stats imagenet256.npz
@@ -11,7 +11,7 @@ evaluator of ADM (Dhariwal & Nichol, arXiv 2105.05233), a TensorFlow 1 program; 
 
 Each input is an npz with `arr_0` (uint8, N x H x W x 3), a folder of pictures (searched recursively), or `emoji`.
 An npz may carry statistics (mu, sigma, mu_s, sigma_s), which are then used in place of those of its own pictures:
-ADM's reference file holds those of all 1.28 million training pictures, and 10,000 pictures for precision and recall.
+ADM's reference file holds those of all 1.28 million training pictures, and 10,000 pictures for precision, recall.
 
 To check an installation: ADM's admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz must
 give IS 215.84, FID 3.9426, sFID 6.1404, precision 0.8265, recall 0.5309.
@@ -82,9 +82,9 @@ def trace_sqrt_product(cov1, cov2):
     """tr((C1 C2)^(1/2)) of two float64 covariances (D, D) -> float64 scalar. Raises EvalError.
 
     C1 C2 is not symmetric and often singular (fewer pictures than dimensions), where a general matrix root is slow
-    and loses half of the digits. With roots C = R R^T from symmetric eigendecompositions, C1 C2 = R1 R1^T R2 R2^T has
-    the eigenvalues of (R1^T R2)(R1^T R2)^T: their square roots are the singular values of R1^T R2. These have errors
-    of 1e-16 of the largest. Eigenvalues of the product would have such errors *before* the root, so 1e-8 after it.
+    and loses half of the digits. With roots C = R R^T from symmetric eigendecompositions, C1 C2 = R1 R1^T R2 R2^T
+    has the eigenvalues of (R1^T R2)(R1^T R2)^T: their square roots are the singular values of R1^T R2. These have
+    errors of 1e-16 of the largest. Eigenvalues of the product would have them *before* the root, so 1e-8 after it.
     """
     def root(cov):  # (D, D) -> (D, rank)
         if not cov.isfinite().all():
@@ -141,8 +141,8 @@ def precision_recall(reference, samples, k=NEIGHBOUR, block=1000):
     if min(len(reference), len(samples)) <= k:
         raise EvalError(f"precision and recall need more than {k} pictures on each side, "
                         f"got {len(reference)} and {len(samples)}")
-    # Distances do not change when everything moves, and less is lost to rounding near the origin. The shift itself is
-    # rounded so that features which are whole numbers stay so, and ties between them stay ties.
+    # Distances do not change when everything moves, and less is lost to rounding near the origin. The shift itself
+    # is rounded so that features which are whole numbers stay so, and ties between them stay ties.
     shift = reference.double().mean(dim=0).round()  # D
     reference, samples = reference.double() - shift, samples.double() - shift  # N D, M D
     if not (reference.isfinite().all() and samples.isfinite().all()):
@@ -171,8 +171,8 @@ def squared_distances(a, b):
     lengths = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)  # n m
     squared = torch.addmm(lengths, a, b.T, alpha=-2)  # n m
     # The price is an error of about 1e-14 of the lengths, where copies of one picture must give exactly 0: balls of
-    # radius 0 exist when samples repeat. Below a millionth of their length two points count as the same; the float32
-    # features of one picture, computed in two different batches, differ by about as little.
+    # radius 0 exist when samples repeat. Below a millionth of their length two points count as the same; the
+    # float32 features of one picture, computed in two different batches, differ by about as little.
     return squared.masked_fill_(squared < 1e-12 * lengths, 0)  # n m
 
 
@@ -181,8 +181,8 @@ def squared_distances(a, b):
 class Statistics:
     """Mean and covariance of features that arrive in batches; memory does not grow with their number.
 
-    Keeps n, sum x and sum x x^T, in float64: features are of order 1, so that n = 1e6 leaves ten good digits. Sums of
-    several processes simply add up.
+    Keeps n, sum x and sum x x^T, in float64: features are of order 1, so that n = 1e6 leaves ten good digits. Sums
+    of several processes simply add up.
     """
 
     def __init__(self, dim, device="cpu"):
@@ -216,8 +216,8 @@ class Pictures:
     name: str
     count: int
     size: tuple  # (height, width)
-    # batches(batch_size, rank, world) -> iterator over uint8 (B, 3, H, W), every world-th batch from the rank-th on;
-    # None for a file of --save-stats, which has "features" instead of pictures
+    # batches(batch_size, rank, world) -> iterator over uint8 (B, 3, H, W), every world-th batch from the rank-th
+    # on; None for a file of --save-stats, which has "features" instead of pictures
     batches: Callable
     stored: dict  # tensors: what an npz holds of STATISTICS and, from --save-stats, "features"
     sorted_labels: bool = False
@@ -246,8 +246,8 @@ def open_pictures(spec, resolution=None, workers=4):
 
 def _from_items(name, items, load, workers):
     """Pictures that are loaded one by one: load(item) -> uint8 (3, H, W)."""
-    # A fixed shuffle. Folders list one class after the other, which would collapse the Inception Score; besides, the
-    # first REFERENCE_KEEP pictures become a fair choice for precision and recall.
+    # A fixed shuffle. Folders list one class after the other, which would collapse the Inception Score; besides,
+    # the first REFERENCE_KEEP pictures become a fair choice for precision and recall.
     count = len(items)
     items = [items[index] for index in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()]
     height, width = load(items[0]).shape[1:]
@@ -294,7 +294,8 @@ def _open_array(archive, key):
         raise EvalError(f"{archive.filename}: {key} is compressed by a method that numpy does not use")
     # Deflate can blow a megabyte up to a gigabyte of zeros. Pictures shrink by less than ten, even drawn ones.
     if info.file_size > 2**30 and info.file_size > 200 * info.compress_size:
-        raise EvalError(f"{archive.filename}: {key} would unpack from {info.compress_size} to {info.file_size} bytes")
+        sizes = f"from {info.compress_size} to {info.file_size} bytes"
+        raise EvalError(f"{archive.filename}: {key} would unpack {sizes}")
     stream = archive.open(info)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -348,8 +349,8 @@ def _from_npz(path):
                 labels = np.frombuffer(stream.read(), dtype)
 
     def batches(batch_size, rank=0, world=1):
-        # One batch at a time in the order of the file, so that it is never in memory as a whole; zipfile compares the
-        # checksum when the last byte has passed. Each rank reads all and keeps its part: reading takes little time.
+        # One batch at a time in the order of the file, so that it is never in memory as a whole; zipfile compares
+        # the checksum when the last byte has passed. Each rank reads all and keeps its part: reading is quick.
         with _npz_errors(path), zipfile.ZipFile(path) as archive:
             stream = _open_array(archive, "arr_0")[0]
             for index, start in enumerate(range(0, count, batch_size)):
@@ -446,7 +447,7 @@ def evaluate(reference, samples, model, device="cpu"):
     # Samples sorted by class give themselves away: in random order each split has all classes, and the score rises.
     shuffled = inception_score(probs[torch.randperm(len(probs), generator=torch.Generator().manual_seed(0))])
     if shuffled > 1.1 * score:
-        warnings.append(f"the samples look sorted by class: in random order their Inception Score is {shuffled:.2f}")
+        warnings.append(f"the samples look sorted by class: in random order, their IS is {shuffled:.2f}")
     exact = "cpu" if str(device) == "mps" else device  # for float64
     precision, recall = precision_recall(reference["features"].to(exact), features.to(exact))
     fid = frechet_distance(reference["mu"], reference["sigma"], samples["mu"], samples["sigma"])
@@ -463,9 +464,9 @@ def parse_args():
     parser.add_argument("samples", help="npz or folder of generated pictures")
     parser.add_argument("--inception", metavar="FILE", help="weights of the network, in place of the download")
     parser.add_argument("--resolution", type=int, help="crop the pictures of folders to this size, as ADM does")
-    parser.add_argument("--save-stats", metavar="FILE", help="keep the reference's statistics and features as an npz")
+    parser.add_argument("--save-stats", metavar="FILE", help="keep the reference's statistics as an npz")
     parser.add_argument("--json", metavar="FILE", help="results and settings; default: SAMPLES.eval.json")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures per run of the network, on each device")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures per run of the network and device")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="threads that decode pictures")
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument("--speed", action="store_true", help="also time the network alone, on a ready batch")
@@ -544,7 +545,7 @@ def main():
     weights = args.inception or cached_download(inception.URL, flag="--inception", sha256_prefix=published)
     digest = hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()
     if not digest.startswith(published):
-        warnings.append(f"{weights} is not the published file {published}; with other weights nothing is comparable")
+        warnings.append(f"{weights} is not the published file {published}: nothing is comparable")
     model = inception.load_inception(weights).to(device)
 
     start = time.perf_counter()

@@ -2,32 +2,50 @@
 
     python sample.py --class 207                            # released XL/16: golden retrievers
     python sample.py --ckpt emoji --class all               # the emoji model of this repository, every class
-    python sample.py --ckpt runs/x/last.pt --class flags,food --num 16 --gif path.gif
+    python sample.py --ckpt emoji --upscale 3               # the same tokens, three times the pixels (section 4.5)
+    python sample.py --ckpt runs/x/last.pt --class flags,food --num 16 --solver euler,heun --gif path.gif
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --npz samples.npz   # for eval_fid.py; run again to go on
+
+(The "--" keeps torchrun, which completes shortened flags, from taking --num for its own --numa-binding.)
 
 Image i of a run comes from noise that depends on --seed and i alone, so it is the same in any batch.
 """
 
 import argparse
+import contextlib
+import datetime
 import difflib
-import math
+import fractions
+import functools
+import hashlib
+import json
+import os
 import pathlib
+import shutil
 import sys
+import zipfile
 
+import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+from PIL import ExifTags, Image, PngImagePlugin
 from tqdm import tqdm
 
 import samplers
-from checkpoint import CheckpointError, load_model
+from checkpoint import CheckpointError, load_model, sync_folder
 from data import ASSETS, DataError, keyed_generator, picture_grid, save_gif, to_uint8
 from device import DeviceError, autocast, available_memory, pick_device, pick_precision
 from download import DownloadError, cached_download
+from flow import clean_from_velocity
 
 RELEASED = "https://huggingface.co/MCG-NJU/PixNerd-XL-P16-C2I/resolve/main/"
 RELEASED_FILES = {
     "xl": (RELEASED + "epoch%3D319-step%3D1600000_emainit.ckpt", 256),  # FID 1.93
     "xl-512": (RELEASED + "res512_ft200k_epoch%3D325-step%3D1800000_emainit.ckpt", 512),
 }
+IMAGENET_CLASSES = (ASSETS / "imagenet_classes.txt").read_text().splitlines()
+SOLVERS = ("euler", "heun", "adams", "euler-maruyama")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class SampleError(ValueError):
@@ -35,54 +53,92 @@ class SampleError(ValueError):
 
 
 def parse_args(argv=None):
-    """The command line."""
+    """The command line; --solver comes back as a list."""
     parser = argparse.ArgumentParser(description="Draw pictures with PixNerd.")
     add = parser.add_argument
-    add("--ckpt", default="xl", help="xl or xl-512 (released, downloaded once), emoji (assets/), or a file (default: xl)")
+    add("--ckpt", default="xl", help="xl, xl-512 (released, downloaded once), emoji (assets/), or a file (default: xl)")
     add("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's two sets of weights")
-    add("--class", dest="classes", default="207", help="index or name, several with commas between, or all (default: 207)")
-    add("--num", type=int, help="images per class (default: 8 with several classes, else 4)")
-    add("--solver", choices=["euler", "heun", "adams", "euler-maruyama"], default="euler")
+    add("--class", dest="classes", help="index or name, several with commas, or all (default: 207; with --npz: all)")
+    add("--list-classes", action="store_true", help="print the classes that the model knows, and stop")
+    add("--num", type=int, help="images per class (default: 8 of several, else 4); --npz: in all (default: 50 of each)")
+    add("--solver", default="euler", help=f"{', '.join(SOLVERS)}; several with commas are shown side by side")
     add("--order", type=int, default=2, choices=[1, 2, 3, 4], help="of the adams solver")
     add("--steps", type=int, default=50)
     add("--cfg", type=float, help="guidance scale; 1: none (default: 3.5; 2.5 for emoji)")
-    add("--interval", type=float, nargs=2, default=(0.1, 1.0), metavar=("LOW", "HIGH"), help="times that are guided")
+    add("--interval", type=float, nargs=2, default=[0.1, 1.0], metavar=("LOW", "HIGH"), help="times that are guided")
     add("--shift", type=float, default=1.0, help="time shift: above 1, smaller steps near noise")
-    add("--resolution", help="pixels, N or HEIGHTxWIDTH (default: as trained)")
+    add("--resolution", help="pixels, N or HEIGHTxWIDTH (default: as trained). Alone it changes the number of tokens, "
+        "each a patch as trained: for another shape, or a size near the trained one")  # fmt: skip
+    add("--upscale", default="1", help="2, 1.5 or HEIGHTxWIDTH factors such as 2x1.5: keeps the tokens of --resolution "
+        "and draws each patch with more pixels: for pictures far larger than the trained size")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=32, help="images computed at once")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", default="samples.png", help="one grid as .png, .jpg or .webp, or a folder for single pictures")
-    add("--gif", help="also write the way from noise to pictures as an animation")
+    add("--gif", help="also write an animation: x_t, and the clean image predicted from it, side by side")
+    add("--npz", help="instead of pictures, write shuffled arrays for eval_fid.py; an interrupted run goes on")
+    add("--labels", choices=["balanced", "random"], default="balanced", help="of --npz: equally many, or by lot")
     args = parser.parse_args(argv)
+    args.solver = args.solver.split(",")
     if args.num is not None and args.num < 1 or args.steps < 1 or args.batch_size < 1:
         parser.error("--num, --steps and --batch-size must be at least 1")
     if args.shift <= 0:
         parser.error("--shift must be above 0")
+    if not set(args.solver) <= set(SOLVERS):
+        parser.error(f"--solver {','.join(args.solver)}: choose from {', '.join(SOLVERS)}")
+    if args.npz and (args.gif or len(args.solver) > 1):
+        parser.error("--npz takes one --solver and no --gif")
     return args
+
+
+# ---- what to draw ----------------------------------------------------------------------------------------------------
 
 
 def find_model(args):
     """(model, (height, width)) for --ckpt and --resolution."""
     if args.ckpt in RELEASED_FILES:
         url, resolution = RELEASED_FILES[args.ckpt]
-        model = load_model(cached_download(url, flag="--ckpt"), args.weights)
+        path = cached_download(url, flag="--ckpt")
+        try:
+            model = load_model(path, args.weights)
+        except CheckpointError as error:
+            raise SampleError(f"--ckpt {args.ckpt}: {error} (once it is deleted, the next run downloads it)")
     else:
         model = load_model(ASSETS / "emoji-nano.pt" if args.ckpt == "emoji" else args.ckpt, args.weights)
         resolution = model.config.resolution
     try:
-        sides = [int(side) for side in (args.resolution or str(resolution)).lower().split("x")]
-        height, width = sides * 2 if len(sides) == 1 else sides
+        size = pair(args.resolution or str(resolution), int)
+        model.config.token_grid(*size)
     except ValueError:
-        raise SampleError(f"--resolution {args.resolution} is not N or HEIGHTxWIDTH")
+        raise SampleError(f"--resolution {args.resolution or resolution} is not N or HEIGHTxWIDTH in pixels, both "
+                          f"multiples of {model.config.patch_size}, the side of a patch")  # fmt: skip
+    if model.class_names is None:
+        C = model.config.num_classes
+        model.class_names = IMAGENET_CLASSES if C == 1000 else [str(i) for i in range(C)]
+    return model, size
+
+
+def pair(text, number):
+    """"A" -> (A, A) and "AxB" -> (A, B), each read by `number`. ValueError for anything else."""
+    first, *rest = [number(part) for part in text.lower().split("x")]
+    second, = rest or [first]
+    return first, second
+
+
+def enlarge(config, size, upscale):
+    """--upscale: the pixels (height, width) of pictures with the token grid of `size` and larger patches."""
+    P = config.patch_size
     try:
-        model.config.token_grid(height, width)
-    except ValueError as error:
-        raise SampleError(f"--resolution: {error}")
-    if model.class_names is None and model.config.num_classes == 1000:
-        model.class_names = (ASSETS / "imagenet_classes.txt").read_text().splitlines()
-    return model, (height, width)
+        down, across = pair(upscale, fractions.Fraction)  # exact, and takes 5/4 too
+    except (ValueError, ZeroDivisionError):
+        raise SampleError(f"--upscale {upscale} is not a factor such as 1.5, nor HEIGHTxWIDTH factors such as 2x1.5")
+    if min(down, across) <= 0 or down * P % 1 or across * P % 1:
+        raise SampleError(f"--upscale {upscale} makes patches of {P} pixels {float(down * P):g}x{float(across * P):g}: "
+                          f"both sides must be whole, so use multiples of 1/{P}")  # fmt: skip
+    if config.decoder == "linear" and (down, across) != (1, 1):
+        raise SampleError(f"--upscale {upscale} needs a neural field; this model's linear decoder has one patch size")
+    return int(size[0] * down), int(size[1] * across)
 
 
 def find_classes(wish, names, num_classes):
@@ -104,83 +160,242 @@ def find_classes(wish, names, num_classes):
     return found
 
 
-def solve(args, velocity, noise, seeds, callback):
-    """Runs the solver that the flags name, from noise (B, C, H, W) to images."""
-    times = samplers.time_grid(args.steps, args.shift)
-    if args.solver == "adams":
-        return samplers.adams(velocity, noise, times, args.order, callback)
-    if args.solver == "euler-maruyama":
-        generators = [keyed_generator(args.seed, 4, i) for i in seeds]
-        return samplers.euler_maruyama(velocity, noise, times, generators, callback)
-    return {"euler": samplers.euler, "heun": samplers.heun}[args.solver](velocity, noise, times, callback)
-
-
-def check_memory(model, images, height, width, device):
+def check_memory(config, images, grid, size, device):
     """SampleError where a batch plainly does not fit: an estimate of its activations against what is free."""
-    rows, columns = model.config.token_grid(height, width)
-    D, Dp, P2 = model.config.hidden_size, model.config.field_width, model.config.patch_size**2
-    # With both halves of guidance; alive at once are a few tensors of 4D per token, or of 2Dp and the generated weights.
-    per_token = max(8 * 4 * D, 4 * (2 * model.config.field_ratio * Dp**2 + P2 * 2 * Dp))
-    need, free = 2 * images * rows * columns * per_token * 4, available_memory(device)
+    tokens, pixels, D, Dp = grid[0] * grid[1], size[0] * size[1], config.hidden_size, config.field_width
+    # Alive at once are a few tensors of 4D per token, or the generated weights and some 2Dp per pixel.
+    values = max(tokens * 8 * 4 * D, 4 * (tokens * 2 * config.field_ratio * Dp**2 + pixels * 2 * Dp))
+    need, free = 2 * images * values * 4, available_memory(device)  # both halves of guidance, in float32
     if free and need > free:
-        raise SampleError(f"{images} images of {height}x{width} need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                          "use a smaller --batch-size or --resolution")  # fmt: skip
+        raise SampleError(f"{images} images of {size[0]}x{size[1]} need about {need / 1e9:.1f} GB, {free / 1e9:.1f} "
+                          "GB are free: use a smaller --batch-size, --resolution or --upscale")  # fmt: skip
+
+
+def draw(args, solver, model, y, numbers, size, bar):
+    """The run's images number `numbers`, of classes y (B) and size (H, W): uint8 (B, 3, H, W), and their film.
+
+    The film (None without --gif) has x_t and the clean image predicted from it at every time of the grid: uint8
+    (steps+1, 2, B, 3, H, W). Raises SampleError for an image that is not finite: pixels would hide it.
+    """
+    noise = torch.stack([torch.randn(3, *size, generator=keyed_generator(args.seed, 3, i)) for i in numbers])
+    guided = samplers.guide(model, y, args.cfg, args.interval)
+    x_t, film = None, []
+
+    def velocity(x, t):
+        v = guided(x, t)
+        if args.gif and x is x_t:  # not for the trial point at which Heun asks too
+            film.append(torch.stack([to_uint8(x), to_uint8(clean_from_velocity(v, x, t))]).cpu())
+        return v
+
+    def callback(step, t, x):
+        nonlocal x_t
+        x_t = x
+        bar.update(step > 0)
+
+    solvers = {
+        "euler": samplers.euler,
+        "heun": samplers.heun,
+        "adams": functools.partial(samplers.adams, order=args.order),
+        "euler-maruyama": functools.partial(
+            samplers.euler_maruyama, generator=[keyed_generator(args.seed, 4, i) for i in numbers]),
+    }  # fmt: skip
+    with autocast(y.device, args.precision):
+        times = samplers.time_grid(args.steps, args.shift)
+        x = solvers[solver](velocity, noise.to(y.device), times, callback=callback)  # (B, 3, H, W)
+    if not x.isfinite().all():
+        raise SampleError(f"--precision {args.precision}: an image is not finite; try fp32, or an earlier checkpoint")
+    images = to_uint8(x).cpu()
+    film.append(torch.stack([images, images]))  # at t=1 the prediction is the image
+    return images, torch.stack(film) if args.gif else None
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def check_output(flag, name):
+    """SampleError, before anything is computed, where the file or folder that a flag names could not be written."""
+    path = pathlib.Path(name)
+    folder = path if flag == "--out" and path.suffix.lower() not in PICTURES else path.parent
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SampleError(f"{flag} {path} cannot be written ({error.strerror}): choose another place")
+    if path != folder and path.is_dir():
+        raise SampleError(f"{flag} {path} is a folder: choose another name")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """`with whole_file(path) as temporary`: what is written there becomes `path` once it is whole, or vanishes."""
+    temporary = path.with_name(f".tmp-{path.name}")  # the ending stays: Pillow and numpy go by it
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_picture(path, picture, settings):
+    """PNG, JPEG or WEBP by the ending; `settings` go in as JSON: PNG's text "settings", or EXIF's UserComment."""
+    text, png, exif = json.dumps(settings), PngImagePlugin.PngInfo(), Image.Exif()
+    png.add_text("settings", text)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + text.encode()
+    with whole_file(path) as temporary:
+        picture.save(temporary, quality=95, pnginfo=png, exif=exif)  # each format takes what it knows
+
+
+def save_pictures(args, model, classes, size, device, settings):
+    """--out and --gif: args.num pictures of each class by each solver."""
+    y, out = torch.tensor(classes).repeat_interleave(args.num), pathlib.Path(args.out)  # (N)
+    batches = torch.arange(len(y)).split(args.batch_size)
+    images, films = [], []  # one of each for each solver
+    with tqdm(total=len(args.solver) * len(batches) * args.steps, disable=not sys.stderr.isatty()) as bar:
+        for solver in args.solver:
+            drawn = [draw(args, solver, model, y[i].to(device), i.tolist(), size, bar) for i in batches]
+            images.append(torch.cat([part for part, _ in drawn]))  # (N, 3, H, W)
+            if args.gif:
+                films.append(torch.cat([film for _, film in drawn], dim=2))  # (steps+1, 2, N, 3, H, W)
+    names = model.class_names
+    columns, titles = (args.num, [names[c] for c in classes]) if len(classes) > 1 else (None, None)
+    solvers = [f"adams {args.order}" if solver == "adams" else solver for solver in args.solver]
+    if out.suffix.lower() in PICTURES:
+        headings = solvers if len(solvers) > 1 else None
+        save_picture(out, picture_grid(torch.cat(images), columns, titles, headings), settings)
+    else:
+        for solver, pictures in zip(solvers, images):
+            for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
+                name = f"{i:05d} {names[y[i]]}" + (f" {solver}" if len(solvers) > 1 else "")
+                name = name.replace(" ", "-").replace("/", "-")
+                save_picture(out / f"{name}.png", Image.fromarray(picture), settings)
+    if args.gif:
+        panels = [f"{solver}: {what}" for solver in solvers for what in ("x_t", "predicted")]
+        frames = [picture_grid(torch.cat(films).flatten(0, 1), columns, titles, panels) for films in zip(*films)]
+        with whole_file(pathlib.Path(args.gif)) as temporary:
+            save_gif(temporary, frames, comment=json.dumps(settings))
+    print(f"{len(solvers) * len(y)} images of {settings['size']}: {out}" + (f" and {args.gif}" if args.gif else ""))
+
+
+# ---- many images for eval_fid.py -------------------------------------------------------------------------------------
+
+
+def save_npz(args, model, classes, size, device, settings, rank, world):
+    """--npz: args.num images arr_0 uint8 (N, H, W, 3) and their classes arr_1 = labels (N), in shuffled order.
+
+    Shard s, a batch of consecutive images, is computed by process s % world and kept in a folder beside the npz until
+    all are there. What shares a batch thus does not depend on the number of processes, and neither do the bytes; an
+    interrupted run loses unfinished shards only. The disk must hold the images twice.
+    """
+    # Shuffled, since ADM's Inception Score takes consecutive images for a fair sample of all classes.
+    generator = keyed_generator(args.seed, 5)
+    if args.labels == "random":
+        order = torch.randint(len(classes), (args.num,), generator=generator)  # (N)
+    elif args.num % len(classes) == 0:
+        order = torch.randperm(args.num, generator=generator) % len(classes)  # (N): equally many of each
+    else:
+        raise SampleError(f"--num {args.num} images cannot be shared equally by {len(classes)} classes: use "
+                          f"{args.num + -args.num % len(classes)}, or --labels random")  # fmt: skip
+    labels = torch.tensor(classes)[order]  # (N)
+    path = pathlib.Path(args.npz)
+    folder = path.with_name(path.name + ".shards")
+    batches = torch.arange(args.num).split(args.batch_size)
+    shards = [folder / f"{s:06d}.npy" for s in range(len(batches))]
+
+    if world > 1:  # only to wait for each other, at the end perhaps for long
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    if rank == 0:
+        open_shards(folder, settings)
+    if world > 1:
+        dist.barrier()
+    todo = [s for s in range(rank, len(shards), world) if not shards[s].exists()]
+    with tqdm(total=len(todo) * args.steps, disable=rank > 0 or not sys.stderr.isatty()) as bar:
+        for s in todo:
+            i = batches[s]
+            images, _ = draw(args, args.solver[0], model, labels[i].to(device), i.tolist(), size, bar)
+            with whole_file(shards[s]) as temporary:
+                np.save(temporary, images.permute(0, 2, 3, 1).numpy())  # (B, H, W, 3)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        join_shards(path, shards, (args.num, *size, 3), labels.numpy(), settings)
+        shutil.rmtree(folder)
+        print(f"{args.num} images of {settings['size']}: {path}")
+
+
+def open_shards(folder, settings):
+    """Begins a folder of shards, or goes on with one. SampleError if it was begun with other settings."""
+    record = folder / "settings.json"
+    folder.mkdir(exist_ok=True)
+    if not record.exists():
+        with whole_file(record) as temporary:
+            temporary.write_text(json.dumps(settings))
+    for name, value in json.loads(record.read_text()).items():
+        if settings.get(name) != value:
+            raise SampleError(f"{folder} was begun with {name}={value!r}, and this run has {settings.get(name)!r}: "
+                              "use the same, delete the folder, or choose another --npz")  # fmt: skip
+
+
+def join_shards(path, shards, shape, labels, settings):
+    """Writes the npz with one shard in memory at a time. SampleError for a shard that is missing or damaged."""
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.comment = json.dumps(settings).encode()
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:  # above 2 GB
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for shard in shards:
+                try:
+                    file.write(np.load(shard).tobytes())
+                except (OSError, ValueError, EOFError) as error:
+                    raise SampleError(f"{shard} cannot be read ({error}): delete it and run the same command again, "
+                                      "where all processes see this folder")  # fmt: skip
+        for name in ("arr_1.npy", "labels.npy"):  # ADM's name, and a telling one
+            with archive.open(zipfile.ZipInfo(name), "w") as file:
+                np.lib.format.write_array(file, labels)
 
 
 @torch.inference_mode()
 def main():
-    """Loads, samples in batches, writes."""
+    """Finds out first all that can be wrong, then draws."""
     args = parse_args()
-    out = pathlib.Path(args.out)
-    single = out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp")
-    for path in (out if single else out.parent, pathlib.Path(args.gif or "x.gif").parent):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SampleError(f"{path} is not a folder that can be written ({error.strerror})")
-
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    model, (height, width) = find_model(args)
-    model.to(device)
-    classes = find_classes(args.classes, model.class_names, model.config.num_classes)
-    num = args.num or (8 if len(classes) > 1 else 4)
-    cfg = args.cfg if args.cfg is not None else 3.5 if model.config.num_classes == 1000 else 2.5
-    check_memory(model, min(args.batch_size, num * len(classes)), height, width, device)
-
-    y = torch.tensor(classes).repeat_interleave(num)  # (N)
-    images, films = [], []
-    evaluations = math.ceil(len(y) / args.batch_size) * args.steps
-    with tqdm(total=evaluations, desc="sampling", unit="step", disable=not sys.stderr.isatty()) as bar:
-        for start in range(0, len(y), args.batch_size):
-            seeds = range(start, min(start + args.batch_size, len(y)))
-            noise = torch.stack([torch.randn(3, height, width, generator=keyed_generator(args.seed, 3, i)) for i in seeds])
-            velocity = samplers.guide(model, y[start : seeds.stop].to(device), cfg, args.interval)
-            film = []
-
-            def callback(step, t, x):
-                bar.update(step > 0)
-                if args.gif:
-                    film.append(to_uint8(x).cpu())
-
-            with autocast(device, precision):
-                images.append(to_uint8(solve(args, velocity, noise.to(device), seeds, callback)).cpu())
-            films.append(film)
-
-    images = torch.cat(images)  # (N, 3, H, W)
-    columns = num if len(classes) > 1 else None
-    names = model.class_names or [str(i) for i in range(model.config.num_classes)]
-    if single:
-        for i, image in enumerate(images):
-            path = out / f"{i:05d}-{names[y[i]].replace(' ', '-').replace('/', '-')}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    else:
-        titles = [names[c] for c in classes] if len(classes) > 1 else None
-        picture_grid(images, columns, titles).save(out)
+    if args.list_classes:
+        names = IMAGENET_CLASSES if args.ckpt in RELEASED_FILES else find_model(args)[0].class_names
+        return print(*(f"{i:4d} {name}" for i, name in enumerate(names)), sep="\n")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    if world > 1 and not args.npz:
+        raise SampleError("several processes are for --npz: draw pictures without torchrun")
+    check_output("--npz" if args.npz else "--out", args.npz or args.out)
     if args.gif:
-        frames = [picture_grid(torch.cat(parts), columns) for parts in zip(*films)]
-        save_gif(args.gif, frames)
-    print(f"{len(images)} images of {height}x{width}: {out}" + (f" and {args.gif}" if args.gif else ""))
+        check_output("--gif", args.gif)
+
+    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    model, trained_size = find_model(args)
+    config, grid = model.config, model.config.token_grid(*trained_size)
+    size = enlarge(config, trained_size, args.upscale)
+    if size != trained_size:  # `guide` calls model(x, t, y) and need not know of the grid
+        model.forward = functools.partial(model.forward, grid=grid)
+
+    # What was left open is decided here, since the settings go into every file.
+    args.precision = pick_precision(args.precision, device)
+    args.classes = args.classes or ("all" if args.npz else "207")
+    classes = find_classes(args.classes, model.class_names, config.num_classes)
+    args.num = args.num or (50 * len(classes) if args.npz else 8 if len(classes) > 1 else 4)
+    args.cfg = args.cfg if args.cfg is not None else 3.5 if config.num_classes == 1000 else 2.5
+    check_memory(config, min(args.batch_size, args.num * (1 if args.npz else len(classes))), grid, size, device)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "gif", "npz", "list_classes")}
+    settings |= {"ckpt": pathlib.Path(args.ckpt).name, "device": device.type, "size": f"{size[0]}x{size[1]}"}
+    # A file's name says little about the weights in it; the output layer changes with every step of training.
+    settings["model"] = hashlib.sha256(model.decoder.output.weight.numpy()).hexdigest()[:12]
+
+    model.to(device)
+    if args.npz:
+        save_npz(args, model, classes, size, device, settings, rank, world)
+    else:
+        save_pictures(args, model, classes, size, device, settings)
 
 
 if __name__ == "__main__":
@@ -188,3 +403,7 @@ if __name__ == "__main__":
         main()
     except (SampleError, CheckpointError, DataError, DeviceError, DownloadError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("sample.py: the device's memory is full: use a smaller --batch-size, --resolution or --upscale")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: interrupted; with --npz the same command goes on from here")

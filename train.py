@@ -21,6 +21,7 @@ import pathlib
 import signal
 import sys
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,9 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import emoji_metric
+import eval_fid
+import inception
 from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
                         load_weights, save_run)  # fmt: skip
 from data import BatchNumbers, DataError, from_uint8, keyed_generator, open_dataset, picture_grid, to_uint8, training_batches
@@ -44,6 +48,7 @@ PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup
 NANO = dict(batch_size=32, steps=1800, lr=4e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
             log_every=50, preview_every=300, save_every=300)  # fmt: skip
 TIME_BINS = 10
+STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
 PREVIEWS_PER_CLASS, PREVIEW_STEPS, PREVIEW_CFG = 8, 20, 2.5
 
 
@@ -103,10 +108,16 @@ def parse_args(argv=None):
     add("--recompute", choices=["none", "field", "all"], default="none", help="activations made again to save memory")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--workers", type=int, help="loader processes per process (default: 0 for emoji, else up to 8)")
+    add("--timeout", type=float, default=1800.0, help="seconds of waiting for another process, as while it saves")
     add("--out", help="folder of the run (default: runs/SIZE)")
     add("--save-every", type=int, help="steps between checkpoints (0: only at the end)")
     add("--keep", type=int, default=2, help="checkpoints kept, at least 2")
     add("--preview-every", type=int, help="steps between previews (0: none)")
+    add("--eval-every", type=int, default=0, help="steps between evaluations of EMA samples (0: none)")
+    add("--eval-num", type=int, default=1000, help="samples drawn for an evaluation")
+    add("--eval-ref", help="what FID compares with: a reference npz or file of eval_fid.py --save-stats. Without it, on "
+        "the emoji, the emoji distance (emoji_metric.py) is logged instead")
+    add("--inception", help="weights of the FID network (default: downloaded once)")
     add("--log-every", type=int, help="steps between metrics (0: none)")
     add("--seed", type=int, default=0)
     add("--accept-changed-data", action="store_true", help="resume although pictures were added, removed or renamed")
@@ -138,13 +149,12 @@ def describe(args, config, dataset, world):
         parameters = sum(p.numel() for p in PixNerd(config).parameters())
     flops, share = count_flops(config), args.batch_size // world
     rows, columns = config.token_grid(config.resolution, config.resolution)
-    # Per token and block about 34 values of width D stay for the backward pass (inputs of the norms, of each linear
-    # layer and of each product), per pixel and field block 10 Dp; 2 bytes each in bf16, 4 in fp32. L at 256 pixels
-    # measured 23 GB a batch of 32 against this estimate's 25 GB is what to expect of it, not more.
+    # What stays for the backward pass: about 25 values of width D per token and block, about 7 Dp per pixel and field
+    # block; 2 bytes each in bf16, 4 in fp32. The 25 and 7 are fitted to the paper's Table 1, with 32 images on an A100:
+    # 22 GB for L, 33.9 GB for XL.
     width = 2 if args.precision == "bf16" else 4
-    tokens = share * rows * columns
-    kept = tokens * (34 * config.hidden_size * config.depth
-                     + 10 * config.field_depth * config.field_width * config.patch_size**2)  # fmt: skip
+    kept = share * rows * columns * (25 * config.hidden_size * config.depth
+                                     + 7 * config.field_depth * config.field_width * config.patch_size**2)  # fmt: skip
     memory = parameters * 4 * 5 + kept * width  # weights, gradients, EMA and Adam's two moments in float32
     return "\n".join([
         f"size {args.size}: {config}",
@@ -179,6 +189,75 @@ def learning_rate(args, step):
     rise = min(1.0, (step + 1) / (args.warmup + 1))
     fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) if args.schedule == "cosine" else 1.0
     return args.lr * rise * fall
+
+
+def meeting_point(rank, world, limit):
+    """The key-value store through which the processes of this start find each other.
+
+    torchrun's own store outlives --max-restarts, and with it the addresses of the dead, which a fast rank would call
+    (torch 2.13). So rank 0 opens a new store at every start and leaves only its port in torchrun's. Its restart count
+    cannot tell the starts apart: each node counts its own failures.
+    """
+    shared = next(dist.rendezvous("env://", rank, world, timeout=limit))[0]
+    if not dist.is_torchelastic_launched():
+        return shared
+    address, deadline = os.environ["MASTER_ADDR"], time.monotonic() + limit.total_seconds()
+    if rank == 0:
+        store = dist.TCPStore(address, 0, world, True, limit, wait_for_workers=False)
+        shared.set("port of this start", str(store.port))
+        return store
+    while True:
+        try:  # a port that nobody answers belongs to the start before
+            port, patience = int(shared.get("port of this start")), min(limit, datetime.timedelta(seconds=5))
+            store = dist.TCPStore(address, port, world, False, patience)
+            store.set_timeout(limit)
+            return store
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
+
+
+def next_batch(batches, device):
+    """The next batch of the loader, on the device."""
+    try:
+        return {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+    except Exception:
+        # Of a killed loader worker, its broken connection is seen first; within this second torch's handler names it.
+        time.sleep(1)
+        raise
+
+
+def sample_batch(ema, config, indices, seed, device, precision):
+    """EMA samples `indices` of the endless series of this seed, class i modulo their number: uint8 (B, 3, H, W)."""
+    size = (3, config.resolution, config.resolution)
+    noise = torch.stack([torch.randn(size, generator=keyed_generator(seed, 5, i)) for i in indices])  # (B, 3, H, W)
+    y = torch.tensor(indices, device=device) % config.num_classes  # (B)
+    with torch.inference_mode(), autocast(device, precision):
+        return to_uint8(adams(guide(ema, y, PREVIEW_CFG), noise.to(device), time_grid(PREVIEW_STEPS))).cpu()
+
+
+def evaluate(ema, config, args, device, rank, world):
+    """--eval-every: how good are --eval-num EMA samples? -> numbers for the metrics file. All ranks must call it.
+
+    Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
+    """
+    if args.eval_ref is None:
+        images = emoji_metric.draw_emoji(ema, args.eval_num, PREVIEW_STEPS, PREVIEW_CFG, args.seed) if rank == 0 else None
+        return {"emoji_distance": emoji_metric.emoji_distance(images)} if rank == 0 else {}
+
+    def batches(size, rank, world):
+        for start in range(rank * size, args.eval_num, world * size):
+            yield sample_batch(ema, config, range(start, min(start + size, args.eval_num)), args.seed, device, args.precision)
+
+    network = inception.load_inception(args.inception).to(device)
+    reference = eval_fid.open_pictures(args.eval_ref, config.resolution)
+    real = reference.stored if "mu" in reference.stored else eval_fid.describe(reference, network, device, rank=rank, world=world)
+    size = (config.resolution, config.resolution)
+    samples = eval_fid.Pictures("EMA samples", args.eval_num, size, batches, {})
+    drawn = eval_fid.describe(samples, network, device, rank=rank, world=world)
+    probabilities = network.logits(drawn["features"].to(device)).softmax(1).cpu()
+    return {"fid": eval_fid.frechet_distance(real["mu"], real["sigma"], drawn["mu"], drawn["sigma"]),
+            "inception_score": eval_fid.inception_score(probabilities)}  # fmt: skip
 
 
 @torch.no_grad()
@@ -221,6 +300,8 @@ def main():
         raise DataError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
     if len(dataset) < args.batch_size:
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
+    if args.eval_every and args.eval_ref is None and (args.data, args.resolution) != ("emoji", emoji_metric.SIDE):
+        raise DataError("--eval-every needs --eval-ref: an npz with ADM's statistics, or a file of eval_fid.py --save-stats")
     if args.dry_run:
         return say(describe(args, config, dataset, world))
     workers = args.workers if args.workers is not None else 0 if args.data == "emoji" else min(8, os.cpu_count() or 1)
@@ -234,10 +315,12 @@ def main():
     except OSError as error:
         raise DataError(f"--out {out} cannot be written ({error.strerror}): choose another folder")
 
+    limit = datetime.timedelta(seconds=args.timeout)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, rank=rank, world_size=world,
+                                store=meeting_point(rank, world, limit))  # fmt: skip
     # Decisions that all ranks must share travel over the CPU, so that they never make a GPU wait.
-    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30)) if world > 1 else None
+    control = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None
 
     # -- Model, its running average, the frozen teacher of --repa, and the optimizer.
     torch.manual_seed(args.seed)
@@ -294,7 +377,7 @@ def main():
 
     # -- Stopping. A signal only raises a flag; the loop below agrees on it over all ranks, saves and leaves.
     stop = {"signal": 0}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, lambda number, frame: stop.update(signal=number))
 
     def save():
@@ -308,10 +391,10 @@ def main():
             dist.barrier(group=control)
 
     # Kept on the device and read only at log steps, so that a GPU never waits for the CPU: sums of the loss by bins of t,
-    # and whether a number stopped being finite. From then on the fused optimizer skips every update ("found_inf" is its
-    # own switch, made for gradient scaling), so what is in memory and in the files stays sound.
+    # and where a number first stopped being finite. From then on the fused optimizer skips every update ("found_inf" is
+    # its own switch, made for gradient scaling), so what is in memory and in the files stays sound.
     bins = torch.zeros(2, TIME_BINS, device=device)
-    first_bad = torch.full((), -1, device=device)
+    first_bad = torch.zeros(2, dtype=torch.long, device=device)  # step (0: never), and `culprit` as below
     optimizer.found_inf = torch.zeros((), device=device)
     norms, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
     logged_at, since, paused = step, time.perf_counter(), 0.0
@@ -320,7 +403,11 @@ def main():
         f"{args.precision} on {world} x {device.type}, {out}/")  # fmt: skip
     bar = tqdm(total=args.steps, initial=step, disable=rank != 0 or not sys.stderr.isatty(), unit="step", smoothing=0.05)
     numbers = BatchNumbers(step, args.steps, args.batch_size, micro, rank, world)
+    # Loader workers are born deaf to these signals, which go to all processes of a job: one that obeyed would take its
+    # rank down with it before the save.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     batches = training_batches(dataset, numbers, args.seed, args.drop_label, args.shift, workers, device.type == "cuda")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     while step < args.steps:
         for group in optimizer.param_groups:
@@ -328,7 +415,7 @@ def main():
 
         # One step, in micro-batches; gradients travel between the processes during the last one.
         for part in range(share // micro):
-            batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+            batch = next_batch(batches, device)
             x = from_uint8(batch["image"])  # (B, 3, H, W), clean, in [-1, 1]
             x_t = interpolate(x, batch["noise"], batch["t"])  # (B, 3, H, W), Eq. 1
             last = part == share // micro - 1
@@ -345,15 +432,20 @@ def main():
             where = (batch["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)  # (B)
             bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
-        # After the all-reduce a NaN of one rank is in every rank's gradient, so all of them decide alike.
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if args.clip:
             nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
-        first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step + 1, first_bad)
-        optimizer.found_inf = torch.maximum(optimizer.found_inf, (~norm.isfinite()).float())
+        # What is not finite on one rank stops the updates on all, and all know whose loss it was: the lowest such rank
+        # has the largest world - rank; 0 is nobody's.
+        culprit = torch.where(bins.isfinite().all(), 0, world - rank)
+        if world > 1:
+            dist.all_reduce(culprit, dist.ReduceOp.MAX)
+        bad = (culprit > 0) | ~norm.isfinite()
+        first_bad = torch.where(bad & (first_bad[0] == 0), torch.stack([bad * (step + 1), culprit]), first_bad)
+        optimizer.found_inf = (first_bad[0] > 0).float()
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - args.ema)
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - args.ema)
         norms += norm
         step += 1
         bar.update()
@@ -367,7 +459,9 @@ def main():
 
         if saving or (args.log_every and step % args.log_every == 0):
             if optimizer.found_inf.item():
-                raise TrainingError(f"the loss or gradient stopped being finite on rank {rank} at step {int(first_bad)}; "
+                when, culprit = first_bad.tolist()
+                what = f"loss stopped being finite on rank {world - culprit}" if culprit else "gradient was not finite"
+                raise TrainingError(f"the {what} at step {when}; "
                                     f"nothing after it was kept. Resume with a lower --lr, or with --clip 1")  # fmt: skip
             if world > 1:
                 dist.all_reduce(bins)
@@ -403,6 +497,12 @@ def main():
             save()
         if rank == 0 and args.preview_every and (step % args.preview_every == 0 or step == args.steps):
             preview(out / "previews" / f"step-{step:08d}.png", ema, config, args.seed, device, args.precision)
+        if args.eval_every and step % args.eval_every == 0:
+            scores = evaluate(ema, config, args, device, rank, world)
+            if rank == 0:
+                with open(metrics_path, "a") as file:
+                    file.write(json.dumps({"step": step, **scores}) + "\n")
+                say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         paused += time.perf_counter() - pause
         if leaving:
             break
@@ -419,5 +519,15 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, DataError, DeviceError, DownloadError, TeacherError, TrainingError, OSError) as error:
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    except Exception as error:
+        # Python would wait at its end for loader workers that are still wanted: let go of everything that main() held.
+        traceback.clear_frames(error.__traceback__)
+        line = str(error).strip().splitlines()[-1:] or [""]
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):  # the one that failed shows what happened
+            sys.exit(f"train.py: rank {os.environ.get('RANK', 0)} lost touch with another process: {line[0]}")
+        # Mistakes and trouble with the machine get one line; anything else is a fault of ours, with its traceback.
+        told = (CheckpointError, DataError, DeviceError, DownloadError, TeacherError, TrainingError, OSError,
+                eval_fid.EvalError, inception.InceptionError)  # fmt: skip
+        if isinstance(error, told) or str(error).startswith("DataLoader worker"):
+            sys.exit(f"train.py: {line[0]}")
+        raise

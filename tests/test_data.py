@@ -219,12 +219,25 @@ def test_grid_places_pictures_row_by_row():
     assert picture_grid(images, 2, ["a", "long name", "c"]).width > sheet.shape[1]
 
 
+def test_grid_places_groups_side_by_side_under_their_headings():
+    """Catches groups cut in the wrong places, and headings that run into the next panel."""
+    images = torch.arange(1, 13, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 4, 6) * 10
+    sheet = np.asarray(picture_grid(images, 2, headings=["one", "a much longer heading", "x"])).astype(int)
+    step = (sheet.shape[1] - 2) // 3
+    assert sheet.shape == (14 + 2 * 6 + 2, 3 * step + 2, 3) and step > 2 * 8
+    for i in range(12):
+        panel, row, column = i // 4, i % 4 // 2, i % 2
+        assert (sheet[16 + row * 6 :][:4, 2 + panel * step + column * 8 :][:, :6] == 10 * (i + 1)).all()
+        assert sheet[:14, 2 + panel * step :][:, :step].min() < 128  # its heading ...
+        assert (sheet[:14, panel * step + step - 4 : panel * step + step] == 255).all()  # ... ends before the next
+
+
 def test_gif_plays_every_frame_and_ends_on_the_picture(tmp_path):
     frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 100, 200)]
     frames[2].putpixel((0, 0), (0, 90, 0))
-    save_gif(tmp_path / "film.gif", frames)
+    save_gif(tmp_path / "film.gif", frames, comment="how it was made")
     with Image.open(tmp_path / "film.gif") as film:
-        assert film.n_frames == 3
+        assert film.n_frames == 3 and film.info["comment"] == b"how it was made"
         film.seek(2)
         assert film.convert("RGB").getpixel((4, 4)) == (200, 0, 0)
     assert os.listdir(tmp_path) == ["film.gif"]

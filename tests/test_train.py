@@ -21,6 +21,7 @@ import sample
 from checkpoint import load_checkpoint
 from data import from_uint8, open_dataset
 from flow import flow_matching_loss, interpolate, sample_time
+from inception import InceptionV3
 from model import PixNerd
 from test_model import TINY
 
@@ -286,3 +287,31 @@ def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("not compiling") == 1
     assert last(out)["step"] == 1
+
+
+def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
+    """Nano's shape, 80 steps of 16 images: measured 0.74 over the last 20 steps, from 1.58 in the first 20."""
+    status, _, stderr = train(tmp_path / "run", "--patch-size", 4, "--field-width", 16, "--field-depth", 2,
+                              "--batch-size", 16, "--steps", 80, "--log-every", 20)  # fmt: skip
+    assert status == 0, stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 1.2 < losses[0] < 2.0 and losses[-1] < 0.85, losses
+
+
+def test_evaluation_while_training_logs_the_emoji_distance_and_fid(tmp_path):
+    """Of EMA samples, into the metrics file; and only with a reference where there is no distance of our own."""
+    out = tmp_path / "run"
+    status, _, stderr = train(out, "--steps", 1, "--eval-every", 1, "--eval-num", 128)
+    assert status == 0, stderr
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 1 and lines[-1]["emoji_distance"] > 10  # an untrained model is far away
+
+    torch.manual_seed(0)
+    torch.save(InceptionV3().state_dict(), tmp_path / "inception.pth")
+    np.savez(tmp_path / "reference.npz", arr_0=np.random.RandomState(0).randint(0, 256, (6, 32, 32, 3), dtype=np.uint8))
+    status, _, stderr = train(tmp_path / "fid", "--steps", 1, "--eval-every", 1, "--eval-num", 6, "--eval-ref",
+                              tmp_path / "reference.npz", "--inception", tmp_path / "inception.pth")  # fmt: skip
+    assert status == 0, stderr
+    scores = json.loads((tmp_path / "fid" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert scores["fid"] > 0 and scores["inception_score"] >= 1
+    assert "--eval-ref" in refuses(tmp_path / "x", "--eval-every", 1, "--resolution", 64)
