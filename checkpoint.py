@@ -1,8 +1,8 @@
 """Saving so that nothing is lost, loading so that nothing wrong gets in, and the released model's names.
 
 A checkpoint is one torch.save of a plain dict: "format", "config" (PixNerdConfig as a dict), "ema", and in training
-also "model", "optimizer", "step" and whatever train.py needs to go on. Only tensors, numbers, strings, lists and dicts, so
-that torch.load(weights_only=True) reads it and no file can run code.
+also "model", "optimizer", "step" and whatever train.py needs to go on. Only tensors, numbers, strings, lists and dicts,
+so that torch.load(weights_only=True) reads it and no file can run code.
 
     python checkpoint.py export runs/x/last.pt shared.pt [--half] [--reference]   # weights alone, for sharing
 
@@ -101,11 +101,13 @@ def load_checkpoint(path, mmap=False):
     except (zipfile.BadZipFile, EOFError, NotImplementedError):
         raise CheckpointError(f"{path} is not a checkpoint, or only part of one: use another, or download it again")
     if damaged:
-        raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use an earlier checkpoint, or download it again")
+        raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use an earlier one, or download it again")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{path} holds Python objects other than plain weights; it was refused and nothing in it ran")
+        raise CheckpointError(
+            f"{path} holds Python objects, not plain weights: it was refused, and nothing in it ran"
+        )
     except (RuntimeError, EOFError, KeyError) as error:
         raise CheckpointError(f"{path} is not a PyTorch checkpoint ({str(error).splitlines()[0]})")
     if not isinstance(state, dict):
@@ -151,7 +153,9 @@ def load_model(path, weights="ema"):
         config = checked_config(state, path)
         state_dict = state.get({"ema": "ema", "raw": "model"}[weights])
         if state_dict is None:
-            raise CheckpointError(f"{path} has no {weights} weights; use --weights {'raw' if weights == 'ema' else 'ema'}")
+            raise CheckpointError(
+                f"{path} has no {weights} weights; use --weights {'raw' if weights == 'ema' else 'ema'}"
+            )
     else:  # released: a PyTorch Lightning file, or its state dict alone
         state_dict = state.get("state_dict", state)
         prefix = {"ema": "ema_denoiser.", "raw": "denoiser."}[weights]
@@ -231,8 +235,8 @@ def check_same(saved, wanted, path):
     """CheckpointError, naming the field and both values, unless two dicts of settings agree on what both have."""
     for name in saved:
         if name in wanted and saved[name] != wanted[name]:
-            raise CheckpointError(f"{path} was trained with {name}={saved[name]!r}, but this run asks for {wanted[name]!r}: "
-                                  "use the same value, or another --out folder")  # fmt: skip
+            raise CheckpointError(f"{path} was trained with {name}={saved[name]!r}, but this run asks for "
+                                  f"{wanted[name]!r}: use the same value, or another --out folder")  # fmt: skip
 
 
 # ---- the released model ----------------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ def import_reference(state_dict, path="the file"):
     """(config, state dict of ours) from the released model's state dict, its prefix removed.
 
     The configuration is read off the shapes. What shapes cannot tell is as released: DCT encoding, everything
-    normalised, and a resolution of 16 x 16 patches. Raises CheckpointError naming a missing, superfluous or misshapen key.
+    normalised, and a resolution of 16 x 16 patches. Raises CheckpointError naming a missing or superfluous key.
     """
     try:
         dim, patch_values = state_dict["s_embedder.proj.weight"].shape
@@ -299,7 +303,7 @@ def import_reference(state_dict, path="the file"):
 
 
 def export_reference(model):
-    """The model's state dict under the released key names. ValueError for choices that the released code cannot express."""
+    """The model's state dict under the released key names. ValueError for choices that the released code has not."""
     config = model.config
     for name, released in (("decoder", "field"), ("encoding", "dct"), ("field_norm", "output")):
         if getattr(config, name) != released:

@@ -47,7 +47,7 @@ def from_uint8(u8):
 
 
 def to_uint8(x):
-    """Floats in [-1, 1], any shape, clipped -> pixels 0..255. Adding 0.5 and cutting off is rounding (released model)."""
+    """Floats in [-1, 1], any shape, clipped -> pixels 0..255. Adding 0.5 and cutting off rounds (released model)."""
     return ((x.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
@@ -70,7 +70,9 @@ def read_image(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{path} claims to be larger than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: remove it")
+        raise DataError(
+            f"{path} claims to be larger than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: remove it"
+        )
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         reason = "empty file" if os.path.exists(path) and os.path.getsize(path) == 0 else str(error).splitlines()[0]
         raise DataError(f"{path} is not a readable JPEG, PNG or WEBP image ({reason}): repair or remove it")
@@ -200,7 +202,7 @@ class TrainingSamples(torch.utils.data.Dataset):
     """Sample number k of a run, for any k: the picture and every random number that training on it needs.
 
     [k] -> dict of image uint8 (3, H, W), noise float32 (3, H, W), t (), y () and index () of the picture. Epoch follows
-    epoch without a gap, each in an order of its own. With probability drop_label, y is "no class" (the number of classes).
+    epoch without a gap, each in an order of its own. With probability drop_label, y says "no class".
     """
 
     def __init__(self, dataset, seed, drop_label=0.1, shift=1.0):
@@ -214,7 +216,13 @@ class TrainingSamples(torch.utils.data.Dataset):
         dropped = torch.rand((), generator=generator) < self.drop_label
         image, label = self.dataset.__getitem__(index, generator)
         noise = torch.randn(image.shape, generator=generator)
-        return {"image": image, "noise": noise, "t": t, "y": len(self.dataset.classes) if dropped else label, "index": index}
+        return {
+            "image": image,
+            "noise": noise,
+            "t": t,
+            "y": len(self.dataset.classes) if dropped else label,
+            "index": index,
+        }
 
 
 class BatchNumbers:
@@ -261,7 +269,9 @@ def picture_grid(images, columns=None, titles=None, headings=None):
     rows = -(-count // columns)
     left = 8 + max(int(font.getlength(title)) for title in titles) if titles else 0
     top = 14 if headings else 0
-    step = max([columns * (width + 2), *(int(font.getlength(heading)) + 8 for heading in headings or [])])  # of a panel
+    step = max(
+        [columns * (width + 2), *(int(font.getlength(heading)) + 8 for heading in headings or [])]
+    )  # of a panel
     sheet = Image.new("RGB", (left + panels * step + 2, top + rows * (height + 2) + 2), "white")
     write = ImageDraw.Draw(sheet).text
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):

@@ -36,7 +36,7 @@ def pick_device(name="auto", local_rank=0):
 
 
 def pick_precision(name, device):
-    """"bf16" or "fp32" for --precision. auto takes bf16 where matrix products in it are the faster ones.
+    """ "bf16" or "fp32" for --precision. auto takes bf16 where matrix products in it are the faster ones.
 
     That is on GPUs, and on CPUs with AMX or AVX512-BF16 instructions; elsewhere a CPU emulates bf16 slowly.
     """

@@ -1,7 +1,7 @@
 """PixNerd: a diffusion transformer on pixels (paper section 3; Eq. 5 and 6 for the trunk, 9 to 11 for the decoder).
 
     noisy image (B, C, H, W) -> patches -> tokens (B, L, D) -> blocks, told time and class -> tokens (B, L, D)
-                                                -> each token decodes its patch by a neural field -> velocity (B, C, H, W)
+                              -> each token decodes its patch by a neural field -> velocity (B, C, H, W)
 
 Letters, with one meaning from top to bottom: B batch, C=3 colours, H and W image, P patch side, L = (H/P)(W/P)
 tokens, D width, Nh heads, Dh = D/Nh head width, M hidden width of the SwiGLU, P2 = P*P.
@@ -41,7 +41,11 @@ class PixNerdConfig:
     num_freqs: int = 8  # F
 
     def __post_init__(self):
-        for name, allowed in (("decoder", ("field", "linear")), ("field_norm", FIELD_NORMS), ("encoding", tuple(ENCODINGS))):
+        for name, allowed in (
+            ("decoder", ("field", "linear")),
+            ("field_norm", FIELD_NORMS),
+            ("encoding", tuple(ENCODINGS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         for field in dataclasses.fields(self):
@@ -49,8 +53,8 @@ class PixNerdConfig:
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads} "
-                             "(rotary embedding turns pairs of elements for two axes)")  # fmt: skip
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = "
+                             f"{4 * self.num_heads} (rotary embedding turns pairs of elements, for two axes)")  # fmt: skip
         self.token_grid(self.resolution, self.resolution)
 
     def token_grid(self, height, width):
@@ -238,7 +242,9 @@ class PixNerd(nn.Module):
         if H % rows or W % columns:
             raise ValueError(f"{rows}x{columns} tokens cannot share an image of {H}x{W} pixels equally")
         height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
-        trunk_x = x if (height, width) == (P, P) else F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P)
+        trunk_x = x  # (B, C, rows*P, columns*P)
+        if (height, width) != (P, P):
+            trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P), nearest, as released
 
         h = self.patch_embed(patchify(trunk_x, P, P).flatten(2))  # (B, L, D)
         t_emb = self.time_embed(t)  # (B, D)

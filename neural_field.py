@@ -1,8 +1,8 @@
 """The patch-wise neural field: the idea that gives PixNerd its name (paper section 3.2, Eq. 7 to 12).
 
-A latent diffusion transformer decodes each token with one linear layer. In pixel space that layer must predict
-16 x 16 x 3 = 768 numbers at once, and pictures come out blurred or speckled. PixNerd instead lets every token
-*write the weights of a small MLP*. That MLP is then run once per pixel of the token's patch:
+A latent diffusion transformer decodes each token with one linear layer. In pixel space that layer would have to give
+16 x 16 x 3 = 768 numbers at once. PixNerd instead lets every token *write the weights of a small MLP*. That MLP is
+then run once per pixel of the token's patch:
 
     last hidden state of patch n  --Linear-->  {W1, W2} of patch n                            (Eq. 9)
     (noisy colour of pixel i,j ; encoding of i,j)  --MLP with those weights-->  velocity      (Eq. 10, 11)
@@ -87,8 +87,8 @@ class FieldBlock(nn.Module):
         w1 = w1.unflatten(-1, (self.width, self.inner))  # (N, Dp, r*Dp)
         w2 = w2.unflatten(-1, (self.inner, self.width))  # (N, r*Dp, Dp)
         # Eq. 10: the weights feeding one output unit get L2 norm 1, so a token chooses directions and not
-        # magnitudes; without it training is unstable (paper, Table 3a). The paper says "row-wise", thinking of
-        # nn.Linear's (out, in) layout. Ours is (in, out), so the sum over the inputs runs over dim -2.
+        # magnitudes (section 4.2 compares doing without). The paper says "row-wise", thinking of nn.Linear's
+        # (out, in) layout. Ours is (in, out), so the sum over the inputs runs over dim -2.
         if self.field_norm != "none":
             w1 = F.normalize(w1, dim=-2)  # (N, Dp, r*Dp)
         if self.field_norm in ("both", "output"):
@@ -112,8 +112,8 @@ class NeuralField(nn.Module):
                  encoding="dct", field_norm="output", channels=3):  # fmt: skip
         super().__init__()
         self.patch_size, self.num_freqs, self.encoding, self.channels = patch_size, num_freqs, encoding, channels
-        # The encoding at the trained density never changes: made once, moved with the model, not saved with it. (Made on
-        # the CPU by name, so that a model built under torch.device("meta") has it all the same.)
+        # The encoding at the trained density never changes: made once, moved with the model, not saved with it. It is
+        # made on the CPU by name, so that a model built under torch.device("meta") has it all the same.
         with torch.device("cpu"):
             features = ENCODINGS[encoding](patch_size, patch_size, num_freqs)  # (P2, E)
         self.register_buffer("trained_encoding", features, persistent=False)
@@ -140,7 +140,7 @@ class NeuralField(nn.Module):
         height, width = size or (self.patch_size, self.patch_size)
         # The input of a pixel is [colour, encoding]. Only the colour differs between patches, so the encoding's
         # share of the linear layer is worked out once for all N: the same numbers, 22 times fewer operations.
-        colour_weight, place_weight = self.embed.weight.split([self.channels, self.embed.in_features - self.channels], 1)
+        colour_weight, place_weight = self.embed.weight.tensor_split([self.channels], dim=1)  # (Dp, C), (Dp, E)
         place = F.linear(self.encode(height, width), place_weight, self.embed.bias)  # (P2, Dp)
         z = F.linear(rgb, colour_weight) + place  # (N, P2, Dp)
         for block in self.blocks:

@@ -13,7 +13,10 @@ from flow import score_from_velocity, shift_time
 
 
 def time_grid(steps, shift=1.0):
-    """steps+1 times from 0 (noise) to 1 (image), float32. shift > 1 takes smaller steps near noise. ValueError below 1 step."""
+    """steps+1 times from 0 (noise) to 1 (image), float32. shift > 1: smaller steps near noise.
+
+    ValueError for less than one step, or a shift that is not above 0.
+    """
     if steps < 1 or shift <= 0:
         raise ValueError(f"a time grid needs at least 1 step and a shift above 0, not {steps} and {shift}")
     # linspace(0, 1 - 1/n, n) and then 1, not linspace(0, 1, n+1): they round differently, and guidance compares
@@ -111,6 +114,7 @@ def euler_maruyama(velocity, noise, times, generator=None, callback=_ignore):
     Eq. 2. The last step is Euler's: noise that is added there would stay in the picture.
     `generator`: one torch.Generator, or one for each image (then an image does not depend on its batch).
     """
+
     def fresh(x):
         if isinstance(generator, (list, tuple)):
             return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generator]).to(x)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import (CheckpointError, FORMAT, export_reference, import_reference, load_checkpoint, load_model, load_run,
-                        save_checkpoint, save_run)  # fmt: skip
+from checkpoint import (CheckpointError, FORMAT, export_reference, import_reference, load_checkpoint, load_model,
+                        load_run, save_checkpoint, save_run)  # fmt: skip
 from model import PixNerd
 from test_model import TINY, randomised
 
@@ -108,8 +108,13 @@ class Bomb:
 
 def test_row_12_pickled_code_is_refused_and_does_not_run(tmp_path):
     torch.save({"format": FORMAT, "config": Bomb(tmp_path / "touched")}, tmp_path / "evil.pt")
-    for command in (["sample.py", "--ckpt", tmp_path / "evil.pt"], ["checkpoint.py", "export", tmp_path / "evil.pt", "y"]):
-        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, timeout=60)
+    for command in (
+        ["sample.py", "--ckpt", tmp_path / "evil.pt"],
+        ["checkpoint.py", "export", tmp_path / "evil.pt", "y"],
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 1 and "refused" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     os.rename(tmp_path / "evil.pt", tmp_path / "step-00000001.pt")
     with pytest.raises(CheckpointError, match="all 1 checkpoints"):
@@ -142,7 +147,9 @@ def test_row_14_a_full_disk_keeps_the_previous_file_and_tells_the_true_reason(tm
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
             "try: checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(100_000)})\n"
             "except OSError as error: print(error.errno)\n")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.pt"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "x.pt"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "27", done.stderr  # EFBIG, not a RuntimeError of the zip writer
     assert os.listdir(tmp_path) == ["x.pt"]
     assert load_checkpoint(tmp_path / "x.pt")["a"].shape == (10,)
@@ -225,6 +232,8 @@ def test_loading_a_large_file_needs_the_memory_of_its_ema_only(tmp_path):
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "before = peak(); model = checkpoint.load_model(sys.argv[1])\n"
             "model.class_embed.weight.sum(); print(peak() - before)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "big.ckpt"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "big.ckpt"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     kilobytes = int(done.stdout) * (1024 if sys.platform == "linux" else 1) / 1024
     assert kilobytes < 60_000

@@ -11,7 +11,8 @@ from PIL import Image
 
 import data
 from data import (BatchNumbers, DataError, TrainingSamples, center_crop, from_uint8, keyed_generator, list_images,
-                  open_dataset, picture_grid, random_crop, read_image, save_gif, to_uint8, training_batches)  # fmt: skip
+                  open_dataset, picture_grid, random_crop, read_image, save_gif, to_uint8,
+                  training_batches)  # fmt: skip
 
 
 @pytest.fixture

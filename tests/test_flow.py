@@ -37,7 +37,9 @@ def test_image_noise_and_score_follow_from_the_velocity():
     x_t, v = flow.interpolate(x, noise, t), flow.velocity(x, noise)
     torch.testing.assert_close(flow.clean_from_velocity(v, x_t, t), x)
     torch.testing.assert_close(flow.noise_from_velocity(v, x_t, t), noise)
-    torch.testing.assert_close(flow.score_from_velocity(v, x_t, t), -noise / (1 - t).view(4, 1, 1, 1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        flow.score_from_velocity(v, x_t, t), -noise / (1 - t).view(4, 1, 1, 1), atol=1e-5, rtol=1e-4
+    )
 
 
 def gaussian_velocity(x, t, mean=2.0, std=0.5):

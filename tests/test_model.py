@@ -115,14 +115,18 @@ def test_parameter_counts_are_the_papers():
 
 
 def test_count_flops_counts_what_runs():
-    """Against PyTorch's own counter of matrix products. Ours leaves out only the rotation and other elementwise work."""
+    """Against PyTorch's own counter. Ours leaves out only the rotation and other elementwise work."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     for choices in ({}, {"decoder": "linear"}, {"encoding": "sincos"}):
         config = dataclasses.replace(TINY, **choices)
         model, counter = PixNerd(config), FlopCounterMode(display=False)
-        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel's products go uncounted on CPUs
+        with (
+            counter,
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # the fused kernel's products go uncounted on CPUs
             model(torch.randn(16, 3, 16, 24), torch.rand(16), torch.zeros(16, dtype=torch.long))
         assert counter.get_total_flops() / 16 == pytest.approx(count_flops(config, 16, 24), rel=0.02)
 
@@ -166,7 +170,8 @@ def test_recomputing_activations_changes_no_gradient(recompute):
 
 @pytest.mark.parametrize("change,message", [
     ({"hidden_size": 30}, "hidden_size 30"), ({"decoder": "mlp"}, "decoder is 'mlp'"), ({"depth": 0}, "depth is 0"),
-    ({"resolution": 18}, "18x18 pixels"), ({"encoding": "fourier"}, "dct, sincos"), ({"field_norm": "all"}, "field_norm"),
+    ({"resolution": 18}, "18x18 pixels"), ({"encoding": "fourier"}, "dct, sincos"),
+    ({"field_norm": "all"}, "field_norm"),
 ])  # fmt: skip
 def test_impossible_configurations_name_the_field(change, message):
     with pytest.raises(ValueError, match=message):

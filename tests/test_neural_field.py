@@ -59,8 +59,11 @@ def test_eq_12_another_density_samples_the_same_function(encode):
 @pytest.mark.parametrize("encoding", ["dct", "sincos"])
 @pytest.mark.parametrize("field_norm", FIELD_NORMS)
 def test_eq_8_to_11_field_equals_a_loop_over_patches_and_pixels(field_norm, encoding):
-    """The whole decoder by hand: one patch, one pixel, one weight row at a time. Catches transposed weights, a norm over
-    the wrong dimension, W1 and W2 cut from the generated vector in the wrong order, and misplaced pixels."""
+    """The whole decoder by hand: one patch, one pixel, one weight row at a time.
+
+    Catches transposed weights, a norm over the wrong dimension, W1 and W2 cut from the generated vector in the wrong
+    order, and misplaced pixels.
+    """
     field = random_field(field_norm=field_norm, encoding=encoding)
     N, P2, Dp, inner = 2, 9, 4, 8
     rgb, s = torch.randn(N, P2, 3), torch.randn(N, 12)

@@ -24,9 +24,11 @@ def test_time_grid_runs_from_noise_to_image():
         time_grid(0)
 
 
-@pytest.mark.parametrize("name", ["euler_50", "euler_10_shift3", "adams1_12", "adams2_25_shift3", "adams3_20", "adams4_20_shift2"])
+@pytest.mark.parametrize(
+    "name", ["euler_50", "euler_10_shift3", "adams1_12", "adams2_25_shift3", "adams3_20", "adams4_20_shift2"]
+)
 def test_trajectories_are_the_released_implementations(golden, golden_model, name):
-    """With guidance 3.5 on (0.1, 1.0). The released code's float32 coefficients of order 3 and 4 are off by up to 3e-3."""
+    """With guidance 3.5 on (0.1, 1.0). The released coefficients of order 3 and 4 are off by up to 3e-3 (float32)."""
     model, _ = golden_model("c2i_square")
     file = golden("samplers")
     solver, steps, *rest = name.split("_")
@@ -67,7 +69,9 @@ def test_adams_integrates_polynomials_below_its_order_exactly(order):
         x = times[full] ** p
         for step in range(full, len(times) - 1):
             weights = adams_coefficients(times, step, order)
-            x = x + (times[step + 1] - times[step]) * sum(w * v for w, v in zip(weights, history[step + 1 - order : step + 1]))
+            x = x + (times[step + 1] - times[step]) * sum(
+                w * v for w, v in zip(weights, history[step + 1 - order : step + 1])
+            )
         assert x.item() == pytest.approx(1, abs=1e-12)
 
 
@@ -106,7 +110,9 @@ def test_eq_3_sde_carries_noise_to_the_same_gaussian():
     """Not point by point, but in distribution: mean 2 and standard deviation 0.5, in the middle of the path too."""
     generator = torch.Generator().manual_seed(0)
     noise, states = torch.randn(100_000, 1, generator=generator), {}
-    x = euler_maruyama(gaussian, noise, time_grid(200), generator, callback=lambda step, t, x: states.update({step: x}))
+    x = euler_maruyama(
+        gaussian, noise, time_grid(200), generator, callback=lambda step, t, x: states.update({step: x})
+    )
     assert x.mean().item() == pytest.approx(2, abs=0.01) and x.std().item() == pytest.approx(0.5, abs=0.01)
     half = states[100]
     assert half.mean().item() == pytest.approx(1, abs=0.01)
@@ -119,7 +125,9 @@ def test_eq_3_one_step_is_the_stated_formula():
     x, v, t = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2), 0.3
     times = torch.tensor([t, 0.4, 1.0])
     first = {}
-    euler_maruyama(lambda *_: v, x, times, torch.Generator().manual_seed(5), callback=lambda s, t, x: first.update({s: x}))
+    euler_maruyama(
+        lambda *_: v, x, times, torch.Generator().manual_seed(5), callback=lambda s, t, x: first.update({s: x})
+    )
     n, dt, w = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)), 0.1, 0.7
     expected = x + v * dt + score_from_velocity(v, x, t) * w * dt + (2 * w * dt) ** 0.5 * n
     torch.testing.assert_close(first[1], expected)
@@ -152,9 +160,16 @@ def test_guidance_extrapolates_from_no_class_to_the_class():
 
 
 def test_guidance_off_computes_one_half_only():
-    """Scale 1, and times outside the open interval, ends included, as float32: float32(0.1) is not above float32(0.1)."""
+    """Scale 1, and times outside the open interval, ends included; float32(0.1) is not above float32(0.1)."""
     x, y = torch.zeros(2, 1), torch.tensor([0, 3])
-    for scale, t, rows in ((3.5, 0.5, 4), (3.5, 0.1, 2), (3.5, 0.0, 2), (3.5, 1.0, 2), (3.5, 0.1001, 4), (1.0, 0.5, 2)):
+    for scale, t, rows in (
+        (3.5, 0.5, 4),
+        (3.5, 0.1, 2),
+        (3.5, 0.0, 2),
+        (3.5, 1.0, 2),
+        (3.5, 0.1001, 4),
+        (1.0, 0.5, 2),
+    ):
         model = Recorder()
         v = guide(model, y, scale)(x, torch.tensor(t))
         assert model.rows == [rows], (scale, t)
