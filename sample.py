@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", default="xl", help="xl, xl-512 (released, downloaded once), emoji (assets/), or a file (default: xl)")
     add("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's two sets of weights")
-    add("--class", dest="classes", help="index or name, several with commas, or all (default: 207; with --npz: all)")
+    add("--class", dest="classes", help="index or name, several with commas, or all (default: 207 of ImageNet, else all)")
     add("--list-classes", action="store_true", help="print the classes that the model knows, and stop")
     add("--num", type=int, help="images per class (default: 8 of several, else 4); --npz: in all (default: 50 of each)")
     add("--solver", default="euler", help=f"{', '.join(SOLVERS)}; several with commas are shown side by side")
@@ -381,7 +381,7 @@ def main():
 
     # What was left open is decided here, since the settings go into every file.
     args.precision = pick_precision(args.precision, device)
-    args.classes = args.classes or ("all" if args.npz else "207")
+    args.classes = args.classes or ("all" if args.npz or config.num_classes != 1000 else "207")
     classes = find_classes(args.classes, model.class_names, config.num_classes)
     args.num = args.num or (50 * len(classes) if args.npz else 8 if len(classes) > 1 else 4)
     args.cfg = args.cfg if args.cfg is not None else 3.5 if config.num_classes == 1000 else 2.5
