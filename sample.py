@@ -2,7 +2,7 @@
 
     python sample.py --class 207                            # released XL/16: golden retrievers
     python sample.py --ckpt emoji --class all               # the emoji model of this repository, every class
-    python sample.py --ckpt emoji --upscale 3               # the same tokens, three times the pixels (section 4.5)
+    python sample.py --class 207 --upscale 2                # the same tokens, twice the pixels (section 4.5)
     python sample.py --ckpt runs/x/last.pt --class flags,food --num 16 --solver euler,heun --gif path.gif
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --npz samples.npz   # for eval_fid.py; run again to go on
 
@@ -70,7 +70,8 @@ def parse_args(argv=None):
     add("--resolution", help="pixels, N or HEIGHTxWIDTH (default: as trained). Alone it changes the number of tokens, "
         "each a patch as trained: for another shape, or a size near the trained one")  # fmt: skip
     add("--upscale", default="1", help="2, 1.5 or HEIGHTxWIDTH factors such as 2x1.5: keeps the tokens of --resolution "
-        "and draws each patch with more pixels: for pictures far larger than the trained size")  # fmt: skip
+        "and draws each patch with more pixels: for pictures far larger than the trained size. Needs patches with "
+        "twice as many pixels a side as encoding frequencies, as released; not the emoji model's")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=32, help="images computed at once")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
