@@ -54,7 +54,7 @@ class PixNerdConfig:
                 raise ValueError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = "
-                             f"{4 * self.num_heads} (rotary embedding turns pairs of elements, for two axes)")  # fmt: skip
+                             f"{4 * self.num_heads} (rotary embedding turns pairs for two axes)")  # fmt: skip
         self.token_grid(self.resolution, self.resolution)
 
     def token_grid(self, height, width):

@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", default="xl", help="xl, xl-512 (released, downloaded once), emoji (assets/), or a file (default: xl)")
     add("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's two sets of weights")
-    add("--class", dest="classes", help="index or name, several with commas, or all (default: 207 of ImageNet, else all)")
+    add("--class", dest="classes", help="index or name, several with commas, or all (default: 207; emoji: all)")
     add("--list-classes", action="store_true", help="print the classes that the model knows, and stop")
     add("--num", type=int, help="images per class (default: 8 of several, else 4); --npz: in all (default: 50 of each)")
     add("--solver", default="euler", help=f"{', '.join(SOLVERS)}; several with commas are shown side by side")

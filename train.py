@@ -3,10 +3,10 @@
     python train.py                                        # Nano on the embedded emoji, a few minutes on a CPU
     torchrun --nproc_per_node=8 train.py --size XL --data IMAGENET/train --repa 0.5
 
-The same command again resumes. In --out: step-N.pt and last.pt (checkpoints), previews/ (EMA samples of the same noise),
-samples.png (the newest of them), metrics.jsonl (one line of numbers per --log-every). The loop below is the whole story;
-everything above it prepares, everything it calls is one file away. Left out: sharding of the model (FSDP): with 32 images
-of 256 pixels, XL fits an A100 whole.
+The same command again resumes. In --out: step-N.pt and last.pt (checkpoints), previews/ (EMA samples of the same
+noise), samples.png (the newest of them), metrics.jsonl (numbers, one line per --log-every). The loop below is the whole
+story; everything above it prepares, everything it calls is one file away. Left out: sharding of the model (FSDP), since
+with 32 images of 256 pixels XL fits an A100 whole (33.9 GB in the paper).
 """
 
 import argparse
@@ -34,7 +34,16 @@ import eval_fid
 import inception
 from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
                         load_weights, save_run)  # fmt: skip
-from data import BatchNumbers, DataError, from_uint8, keyed_generator, open_dataset, picture_grid, to_uint8, training_batches
+from data import (
+    BatchNumbers,
+    DataError,
+    from_uint8,
+    keyed_generator,
+    open_dataset,
+    picture_grid,
+    to_uint8,
+    training_batches,
+)
 from device import DeviceError, autocast, compiler_trouble, pick_device, pick_precision
 from dinov2 import TeacherError, load_dinov2
 from download import DownloadError
@@ -42,9 +51,9 @@ from flow import alignment_loss, flow_matching_loss, interpolate
 from model import PRESETS, PixNerd, count_flops
 from samplers import adams, guide, time_grid
 
-# The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "The five-minute run").
-PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256, data=None,
-             log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
+# The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
+PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256,
+             data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
 NANO = dict(batch_size=32, steps=1600, lr=4e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
             log_every=50, preview_every=400, save_every=400)  # fmt: skip
 TIME_BINS = 10
@@ -81,7 +90,7 @@ def parse_args(argv=None):
     add("--data", help="emoji, or a folder of class folders (default: emoji for Nano)")
     add("--resolution", type=int, help="side of the training images in pixels (Nano: 32, others: 256)")
     add("--batch-size", type=int, help="images per step over all processes (Nano: 32, others: 256)")
-    add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all at once)")
+    add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all)")
     add("--steps", type=int, help="train until this step (Nano: 1600, others: 800000)")
     add("--lr", type=float, help="learning rate (Nano: 4e-3, others: 1e-4)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
@@ -102,9 +111,11 @@ def parse_args(argv=None):
     add("--field-norm", choices=["none", "first", "both", "output"], help="which parts of the field are normalised")
     add("--field-width", type=int, help="Dp")
     add("--field-depth", type=int, help="blocks of the neural field")
+    add("--num-freqs", type=int, help="frequencies per axis of the encoding")
     add("--encoding", choices=["dct", "sincos"], help="of a pixel's place in its patch (Eq. 12 or 7)")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 where the machine is fast in it")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the blocks (auto: if it works)")
+    add("--compile", nargs="?", const="on", choices=["auto", "on", "off"], default="auto",
+        help="torch.compile each repeated block (auto: where a compiler works; on: an error where none does)")  # fmt: skip
     add("--recompute", choices=["none", "field", "all"], default="none", help="activations made again to save memory")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--workers", type=int, help="loader processes per process (default: 0 for emoji, else up to 8)")
@@ -115,8 +126,8 @@ def parse_args(argv=None):
     add("--preview-every", type=int, help="steps between previews (0: none)")
     add("--eval-every", type=int, default=0, help="steps between evaluations of EMA samples (0: none)")
     add("--eval-num", type=int, default=1000, help="samples drawn for an evaluation")
-    add("--eval-ref", help="what FID compares with: a reference npz or file of eval_fid.py --save-stats. Without it, on "
-        "the emoji, the emoji distance (emoji_metric.py) is logged instead")
+    add("--eval-ref", help="what FID compares with: a reference npz, or a file of eval_fid.py --save-stats. "
+        "Without it, on the emoji, the emoji distance (emoji_metric.py) is logged instead")  # fmt: skip
     add("--inception", help="weights of the FID network (default: downloaded once)")
     add("--log-every", type=int, help="steps between metrics (0: none)")
     add("--seed", type=int, default=0)
@@ -134,7 +145,7 @@ def parse_args(argv=None):
     if not 0 <= args.drop_label <= 1 or not 0 <= args.ema < 1 or args.shift <= 0:
         parser.error("--drop-label must lie in [0, 1], --ema in [0, 1) and --shift above 0")
     args.out = args.out or f"runs/{args.size}"
-    chosen = {name: getattr(args, name) for name in ("resolution", "patch_size", "decoder", "field_norm", "field_width",
+    chosen = {name: getattr(args, name) for name in ("resolution", "patch_size", "decoder", "field_norm", "field_width", "num_freqs",
               "field_depth", "encoding") if getattr(args, name) is not None}  # fmt: skip
     try:
         args.config = dataclasses.replace(PRESETS[args.size], **chosen)
@@ -160,10 +171,10 @@ def describe(args, config, dataset, world):
         f"size {args.size}: {config}",
         f"parameters          {parameters / 1e6:.1f} M",
         f"forward pass        {flops / 1e9:.2f} GFLOP per image",
-        f"training step       {3 * flops * args.batch_size / 1e9:.0f} GFLOP, {args.batch_size} images on {world} process(es)",
+        f"training step       {3 * flops * args.batch_size / 1e9:.0f} GFLOP: {args.batch_size} images, {world} processes",
         f"data                {len(dataset)} images per epoch, {len(dataset.classes)} classes",
         f"run                 {args.steps} steps, {args.steps * args.batch_size / len(dataset):.1f} epochs",
-        f"memory per process  about {memory / 1e9:.1f} GB, of which {parameters * 20 / 1e9:.1f} GB are weights and optimizer",
+        f"memory per process  about {memory / 1e9:.1f} GB; {parameters * 20 / 1e9:.1f} GB of it weights and optimizer",
         f"precision           {args.precision}",
     ])  # fmt: skip
 
@@ -242,16 +253,21 @@ def evaluate(ema, config, args, device, rank, world):
     Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
     """
     if args.eval_ref is None:
-        images = emoji_metric.draw_emoji(ema, args.eval_num, PREVIEW_STEPS, PREVIEW_CFG, args.seed) if rank == 0 else None
-        return {"emoji_distance": emoji_metric.emoji_distance(images)} if rank == 0 else {}
+        if rank > 0:
+            return {}
+        images = emoji_metric.draw_emoji(ema, args.eval_num, PREVIEW_STEPS, PREVIEW_CFG, args.seed)  # (N, 3, H, W)
+        return {"emoji_distance": emoji_metric.emoji_distance(images)}
 
     def batches(size, rank, world):
         for start in range(rank * size, args.eval_num, world * size):
-            yield sample_batch(ema, config, range(start, min(start + size, args.eval_num)), args.seed, device, args.precision)
+            indices = range(start, min(start + size, args.eval_num))
+            yield sample_batch(ema, config, indices, args.seed, device, args.precision)  # (B, 3, H, W)
 
     network = inception.load_inception(args.inception).to(device)
     reference = eval_fid.open_pictures(args.eval_ref, config.resolution)
-    real = reference.stored if "mu" in reference.stored else eval_fid.describe(reference, network, device, rank=rank, world=world)
+    real = reference.stored
+    if "mu" not in real:
+        real = eval_fid.describe(reference, network, device, rank=rank, world=world)
     size = (config.resolution, config.resolution)
     samples = eval_fid.Pictures("EMA samples", args.eval_num, size, batches, {})
     drawn = eval_fid.describe(samples, network, device, rank=rank, world=world)
@@ -288,7 +304,9 @@ def main():
     share = args.batch_size // world  # images per step on this rank
     micro = args.micro_batch or share
     if args.batch_size % world or share % micro:
-        raise DataError(f"--batch-size {args.batch_size} must divide into {world} processes times --micro-batch {micro}")
+        raise DataError(
+            f"--batch-size {args.batch_size} does not divide into {world} processes x --micro-batch {micro}"
+        )
 
     # -- Data.
     dataset = open_dataset(args.data, args.resolution, args.augment)
@@ -301,7 +319,7 @@ def main():
     if len(dataset) < args.batch_size:
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
     if args.eval_every and args.eval_ref is None and (args.data, args.resolution) != ("emoji", emoji_metric.SIDE):
-        raise DataError("--eval-every needs --eval-ref: an npz with ADM's statistics, or a file of eval_fid.py --save-stats")
+        raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
     if args.dry_run:
         return say(describe(args, config, dataset, world))
     workers = args.workers if args.workers is not None else 0 if args.data == "emoji" else min(8, os.cpu_count() or 1)
@@ -332,7 +350,9 @@ def main():
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
+    )
 
     # -- Resume. What makes it another run is refused; what only changes its course (--lr, --steps) is not.
     identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
@@ -368,6 +388,8 @@ def main():
     # -- Speed.
     if args.compile != "off":
         trouble = compiler_trouble()
+        if trouble and args.compile == "on":
+            raise DeviceError(f"--compile on: {trouble}")
         if trouble:
             say(f"not compiling, which is slower but the same: {trouble}")
         else:
@@ -390,9 +412,9 @@ def main():
         if world > 1:
             dist.barrier(group=control)
 
-    # Kept on the device and read only at log steps, so that a GPU never waits for the CPU: sums of the loss by bins of t,
-    # and where a number first stopped being finite. From then on the fused optimizer skips every update ("found_inf" is
-    # its own switch, made for gradient scaling), so what is in memory and in the files stays sound.
+    # Kept on the device and read only at log steps, so that a GPU never waits for the CPU: sums of the loss by bins of
+    # t, and where a number first stopped being finite. From then on the fused optimizer skips every update ("found_inf"
+    # is its own switch, made for gradient scaling), so what is in memory and in the files stays sound.
     bins = torch.zeros(2, TIME_BINS, device=device)
     first_bad = torch.zeros(2, dtype=torch.long, device=device)  # step (0: never), and `culprit` as below
     optimizer.found_inf = torch.zeros((), device=device)
@@ -401,12 +423,16 @@ def main():
 
     say(f"training {args.size} on {args.data}: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, "
         f"{args.precision} on {world} x {device.type}, {out}/")  # fmt: skip
-    bar = tqdm(total=args.steps, initial=step, disable=rank != 0 or not sys.stderr.isatty(), unit="step", smoothing=0.05)
+    bar = tqdm(
+        total=args.steps, initial=step, disable=rank != 0 or not sys.stderr.isatty(), unit="step", smoothing=0.05
+    )
     numbers = BatchNumbers(step, args.steps, args.batch_size, micro, rank, world)
     # Loader workers are born deaf to these signals, which go to all processes of a job: one that obeyed would take its
     # rank down with it before the save.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    batches = training_batches(dataset, numbers, args.seed, args.drop_label, args.shift, workers, device.type == "cuda")
+    batches = training_batches(
+        dataset, numbers, args.seed, args.drop_label, args.shift, workers, device.type == "cuda"
+    )
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     while step < args.steps:
@@ -419,15 +445,18 @@ def main():
             x = from_uint8(batch["image"])  # (B, 3, H, W), clean, in [-1, 1]
             x_t = interpolate(x, batch["noise"], batch["t"])  # (B, 3, H, W), Eq. 1
             last = part == share // micro - 1
-            with autocast(device, args.precision), wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                v, tokens = wrapped(x_t, batch["t"], batch["y"])  # (B, 3, H, W), (B, L, teacher's width)
-                loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
-                total = loss.mean()
-                if teacher:
-                    seen = teacher(batch["image"] / 255, student_patch=config.patch_size)  # (B, L, teacher's width)
-                    alignment = alignment_loss(tokens, seen)
-                    total = total + args.repa * alignment
-                    aligned += alignment.detach() * micro / share
+            with wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext():
+                with autocast(device, args.precision):
+                    v, tokens = wrapped(x_t, batch["t"], batch["y"])  # (B, 3, H, W), (B, L, teacher's width)
+                    loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
+                    total = loss.mean()  # ()
+                    if teacher:
+                        seen = teacher(
+                            batch["image"] / 255, student_patch=config.patch_size
+                        )  # (B, L, teacher's width)
+                        alignment = alignment_loss(tokens, seen)  # ()
+                        total = total + args.repa * alignment  # ()
+                        aligned += alignment.detach() * micro / share
                 (total * micro / share).backward()
             where = (batch["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)  # (B)
             bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
@@ -460,9 +489,11 @@ def main():
         if saving or (args.log_every and step % args.log_every == 0):
             if optimizer.found_inf.item():
                 when, culprit = first_bad.tolist()
-                what = f"loss stopped being finite on rank {world - culprit}" if culprit else "gradient was not finite"
-                raise TrainingError(f"the {what} at step {when}; "
-                                    f"nothing after it was kept. Resume with a lower --lr, or with --clip 1")  # fmt: skip
+                what = (
+                    f"loss stopped being finite on rank {world - culprit}" if culprit else "gradient was not finite"
+                )
+                raise TrainingError(f"the {what} at step {when}; nothing after it was kept. "
+                                    "Resume with a lower --lr, or with --clip 1")  # fmt: skip
             if world > 1:
                 dist.all_reduce(bins)
                 dist.all_reduce(aligned.div_(world))
@@ -509,7 +540,7 @@ def main():
 
     bar.close()
     if stop["signal"]:
-        say(f"stopped by {signal.Signals(stop['signal']).name} at step {step}, saved; the same command goes on from there")
+        say(f"stopped by {signal.Signals(stop['signal']).name} at step {step}, saved; the same command goes on")
     else:
         say(f"done: {out}/last.pt, {out}/samples.png")
     if world > 1:

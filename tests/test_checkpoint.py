@@ -75,7 +75,7 @@ def test_row_10_flipped_bits_are_rejected(tmp_path):
     """Anywhere in the tensors, of which torch.load alone would notice none."""
     path = tmp_path / "x.pt"
     save_checkpoint(path, run_state(1))
-    whole, dice, rejected = path.read_bytes(), random.Random(0), 0
+    whole, dice = path.read_bytes(), random.Random(0)
     with zipfile.ZipFile(path) as archive:
         records = [entry for entry in archive.infolist() if entry.file_size > 500]
     for _ in range(40):

@@ -31,12 +31,16 @@ from dinov2 import DINOv2
 from model import PRESETS, PixNerd
 from test_train import QUICK, ROOT, assert_same_run, folder, last  # noqa: F401  `folder` is a fixture
 
-pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="finds processes through /proc")
+pytestmark = pytest.mark.skipif(
+    not pathlib.Path("/proc/self/environ").exists(), reason="finds processes through /proc"
+)
 slow = pytest.mark.slow
 STEPS = 8
 # The rate does not depend on --steps, so that a run can also be stopped by a smaller --steps and still be the same run.
 FLAGS = [*QUICK, "--schedule", "constant", "--log-every", "1"]
-PATIENCE = 150  # seconds until a test gives up waiting: a start takes 6 on a quiet machine, and machines are not quiet
+PATIENCE = (
+    150  # seconds until a test gives up waiting: a start takes 6 on a quiet machine, and machines are not quiet
+)
 
 PRELUDE = f"""
 import itertools, os, pathlib, runpy, signal, sys, time
@@ -93,9 +97,14 @@ class Job:
         command = [sys.executable, *(launcher if ranks > 1 or agent else []), script, "--out", out, *FLAGS, *flags]
         name, value = self.mark.split("=")
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=subprocess.STDOUT,
-                                            cwd=out.parent, start_new_session=True,
-                                            env=os.environ | {"OMP_NUM_THREADS": "1", name: value} | environment)
+            self.process = subprocess.Popen(
+                [str(word) for word in command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=out.parent,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", name: value} | environment,
+            )
 
     def __enter__(self):
         return self
@@ -261,8 +270,11 @@ if RANK == 0 and lives < len(POINTS):
     checkpoint.save_run = save_run
 """
 SIZE = 31_000_000  # bytes of one checkpoint of QUICK's model, roughly; a point beyond the end would never be reached
-CALLS = [f"{when} {call}" for when in ("before", "after") for call in (
-    "fsync 1", "replace 1", "fsync 2", "link 1", "replace 2", "fsync 3", "unlink 3")]  # the file, last.pt, pruning
+CALLS = [
+    f"{when} {call}"
+    for when in ("before", "after")
+    for call in ("fsync 1", "replace 1", "fsync 2", "link 1", "replace 2", "fsync 3", "unlink 3")
+]  # the file, last.pt, pruning
 
 
 @pytest.mark.parametrize("points", [[SIZE // 2, "after replace 1"],
@@ -285,7 +297,9 @@ def test_row_1_killed_in_the_middle_of_a_save_resumes_exactly(tmp_path, points, 
     killed = (out.parent / "killed").read_text().splitlines()
     assert killed == [f"at byte {point}" if isinstance(point, int) else point for point in points]  # each was reached
     resumed = [int(step) for step in re.findall(r"resuming .* at step (\d+)", text)]
-    assert len(resumed) == len(points) and all(b > a for a, b in zip(resumed, resumed[1:]))  # the save before is there
+    assert len(resumed) == len(points) and all(
+        b > a for a, b in zip(resumed, resumed[1:])
+    )  # the save before is there
     assert_same_run(last(out), last(reference))
     assert not list(out.glob("*.tmp"))
 
@@ -327,13 +341,16 @@ def test_row_3_when_one_rank_is_killed_all_end_within_40_seconds(tmp_path, victi
 @pytest.mark.parametrize("where", ["step", "loader"])
 def test_row_4_when_one_rank_raises_all_end_and_its_traceback_is_shown(tmp_path, where):
     """Catches: an error swallowed by a one-line message, or buried under the survivors' complaints about their peer."""
-    fault = """
+    fault = (
+        """
 if RANK == 1:
     def crash(k, loss):
         if k == 3: raise ArithmeticError("made by the test")
         return loss
     each_step(crash)
-""" if where == "step" else """
+"""
+        if where == "step"
+        else """
 if RANK == 1:
     plain_item = data.Emoji.__getitem__
     def crash(self, i, generator=None):
@@ -341,13 +358,16 @@ if RANK == 1:
         return plain_item(self, i, generator)
     count, data.Emoji.__getitem__ = itertools.count(), crash
 """
+    )
     workers = 2 if where == "loader" else 0
     start = time.monotonic()
     text = fails(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--workers", workers,
                  script=sabotage(tmp_path, fault))  # fmt: skip
     assert time.monotonic() - start < 40 + 60  # the promise is 40 s from the fault on; the start may take the rest
     assert "ArithmeticError: made by the test" in text and "in crash" in text, text
-    assert text.count("Traceback (most recent call last)") <= (3 if where == "loader" else 2), text  # + torchrun's own
+    assert text.count("Traceback (most recent call last)") <= (3 if where == "loader" else 2), (
+        text
+    )  # + torchrun's own
 
 
 @slow
@@ -449,7 +469,9 @@ def test_row_14_a_full_disk_is_named_and_keeps_the_checkpoint_before(tmp_path, w
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))"
     text = fails(out, "--steps", STEPS, "--save-every", 2, script=sabotage(tmp_path, limit))
     assert_one_line(text, "[Errno 27] File too large")
-    assert [path.name for path in out.glob("*.pt*")] == ["step-00000004.pt"]  # no temporary file, no half of a new one
+    assert [path.name for path in out.glob("*.pt*")] == [
+        "step-00000004.pt"
+    ]  # no temporary file, no half of a new one
     assert (out / "step-00000004.pt").read_bytes() == before
 
 

@@ -210,14 +210,22 @@ def test_npz_holds_each_class_equally_often_shuffled_by_the_seed_alone(ckpt, tmp
                        ("two", ["--class", "a,c", "--num", 4])):  # fmt: skip
         draw(monkeypatch, *flags, *more, "--npz", tmp_path / f"{name}.npz")
     images, labels = arrays(tmp_path / "a.npz")
-    assert images.shape == (21, 16, 16, 3) and np.bincount(labels).tolist() == [7, 7, 7] and (np.diff(labels) < 0).any()
+    assert (
+        images.shape == (21, 16, 16, 3) and np.bincount(labels).tolist() == [7, 7, 7] and (np.diff(labels) < 0).any()
+    )
     other_images, other_labels = arrays(tmp_path / "b.npz")
     assert np.array_equal(labels, other_labels) and abs(images.astype(int) - other_images).max() <= 1
     assert not np.array_equal(labels, arrays(tmp_path / "seed.npz")[1])
     drawn = np.bincount(arrays(tmp_path / "random.npz")[1], minlength=3)
     assert drawn.sum() == 20 and drawn.min() > 0
     assert sorted(arrays(tmp_path / "two.npz")[1].tolist()) == [0, 0, 2, 2]
-    assert sorted(os.listdir(tmp_path)) == ["a.npz", "b.npz", "random.npz", "seed.npz", "two.npz"]  # no shards are left
+    assert sorted(os.listdir(tmp_path)) == [
+        "a.npz",
+        "b.npz",
+        "random.npz",
+        "seed.npz",
+        "two.npz",
+    ]  # no shards are left
     # Image i has the noise of image i and its own label: the fifth, drawn alone.
     args = sample.parse_args(["--ckpt", str(ckpt), "--steps", "2", "--cfg", "2.5", "--precision", "fp32"])
     model, size = sample.find_model(args)
@@ -406,7 +414,9 @@ def test_mistakes_get_one_line(ckpt, tmp_path, monkeypatch, capsys, flags, messa
 def test_a_mistake_seen_from_outside(ckpt, tmp_path):
     command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--class", "nine", "--out", tmp_path / "x.png"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("sample.py: --class 'nine'")
+    assert (
+        done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("sample.py: --class 'nine'")
+    )
 
 
 def test_upscale_of_a_linear_decoder_is_refused():

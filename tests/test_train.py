@@ -109,7 +109,14 @@ def test_one_batch_is_overfitted():
     torch.manual_seed(0)
     x = from_uint8(torch.stack([open_dataset("emoji", 32)[200 * i][0] for i in range(8)]))
     noise, t, y = torch.randn_like(x), sample_time(8), torch.arange(8) % 3
-    model = PixNerd(TINY.__class__(**(TINY.__dict__ | {"hidden_size": 64, "num_heads": 4, "resolution": 32, "patch_size": 8, "field_width": 16})))
+    model = PixNerd(
+        TINY.__class__(
+            **(
+                TINY.__dict__
+                | {"hidden_size": 64, "num_heads": 4, "resolution": 32, "patch_size": 8, "field_width": 16}
+            )
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(250):
@@ -124,7 +131,7 @@ def test_one_batch_is_overfitted():
 
 @pytest.mark.parametrize("choice", [["--field-norm", "none"], ["--field-norm", "first"], ["--field-norm", "both"],
                                     ["--encoding", "sincos"], ["--decoder", "linear"], ["--field-depth", "3"],
-                                    ["--recompute", "all"], ["--augment"]], ids=lambda choice: "=".join(choice))  # fmt: skip
+                                    ["--recompute", "all"], ["--augment"]], ids="=".join)  # fmt: skip
 def test_each_of_the_papers_choices_trains_and_samples(tmp_path, monkeypatch, choice):
     out = tmp_path / "run"
     status, _, stderr = train(out, "--steps", 2, *choice)
@@ -226,7 +233,8 @@ def test_row_21_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_p
 
 def test_row_17_a_checkpoint_of_another_configuration_names_the_field(uninterrupted):
     for flags, field, old, new in ((["--field-width", 4], "field_width", 8, 4), (["--seed", 5], "seed", 0, 5),
-                                   (["--batch-size", 8], "batch_size", 4, 8), (["--resolution", 64], "resolution", 32, 64),
+                                   (["--batch-size", 8], "batch_size", 4, 8),
+                                   (["--resolution", 64], "resolution", 32, 64),
                                    (["--field-norm", "both"], "field_norm", "'output'", "'both'")):  # fmt: skip
         message = refuses(uninterrupted, "--steps", 9, *flags)
         assert f"{field}={old}" in message and str(new) in message
@@ -280,7 +288,7 @@ def test_impossible_flags_are_named(tmp_path):
 
 def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
     out = tmp_path / "run"
-    process = subprocess.run([sys.executable, ROOT / "train.py", "--out", out, *QUICK, "--compile", "auto", "--steps", "1"],
+    process = subprocess.run([sys.executable, *command(out, "--compile", "auto", "--steps", 1)],
                              capture_output=True, text=True, timeout=120,
                              env=os.environ | {"CXX": "/nonexistent/g++", "PATH": "/nonexistent",
                                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})  # fmt: skip
@@ -308,7 +316,9 @@ def test_evaluation_while_training_logs_the_emoji_distance_and_fid(tmp_path):
 
     torch.manual_seed(0)
     torch.save(InceptionV3().state_dict(), tmp_path / "inception.pth")
-    np.savez(tmp_path / "reference.npz", arr_0=np.random.RandomState(0).randint(0, 256, (6, 32, 32, 3), dtype=np.uint8))
+    np.savez(
+        tmp_path / "reference.npz", arr_0=np.random.RandomState(0).randint(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    )
     status, _, stderr = train(tmp_path / "fid", "--steps", 1, "--eval-every", 1, "--eval-num", 6, "--eval-ref",
                               tmp_path / "reference.npz", "--inception", tmp_path / "inception.pth")  # fmt: skip
     assert status == 0, stderr
