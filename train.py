@@ -115,7 +115,7 @@ def parse_args(argv=None):
     add("--encoding", choices=["dct", "sincos"], help="of a pixel's place in its patch (Eq. 12 or 7)")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 where the machine is fast in it")
     add("--compile", nargs="?", const="on", choices=["auto", "on", "off"], default="auto",
-        help="torch.compile each repeated block (auto: where a compiler works; on: an error where none does)")  # fmt: skip
+        help="torch.compile each repeated block (auto: where it works; on: an error where not)")  # fmt: skip
     add("--recompute", choices=["none", "field", "all"], default="none", help="activations made again to save memory")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--workers", type=int, help="loader processes per process (default: 0 for emoji, else up to 8)")
@@ -145,8 +145,17 @@ def parse_args(argv=None):
     if not 0 <= args.drop_label <= 1 or not 0 <= args.ema < 1 or args.shift <= 0:
         parser.error("--drop-label must lie in [0, 1], --ema in [0, 1) and --shift above 0")
     args.out = args.out or f"runs/{args.size}"
-    chosen = {name: getattr(args, name) for name in ("resolution", "patch_size", "decoder", "field_norm", "field_width", "num_freqs",
-              "field_depth", "encoding") if getattr(args, name) is not None}  # fmt: skip
+    choices = (
+        "resolution",
+        "patch_size",
+        "decoder",
+        "field_norm",
+        "field_width",
+        "field_depth",
+        "encoding",
+        "num_freqs",
+    )
+    chosen = {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
     try:
         args.config = dataclasses.replace(PRESETS[args.size], **chosen)
     except ValueError as error:
@@ -171,9 +180,10 @@ def describe(args, config, dataset, world):
         f"size {args.size}: {config}",
         f"parameters          {parameters / 1e6:.1f} M",
         f"forward pass        {flops / 1e9:.2f} GFLOP per image",
-        f"training step       {3 * flops * args.batch_size / 1e9:.0f} GFLOP: {args.batch_size} images, {world} processes",
+        f"training step       {3 * flops * args.batch_size / 1e9:.0f} GFLOP for {args.batch_size} images",
         f"data                {len(dataset)} images per epoch, {len(dataset.classes)} classes",
         f"run                 {args.steps} steps, {args.steps * args.batch_size / len(dataset):.1f} epochs",
+        f"processes           {world}, with {share} images each",
         f"memory per process  about {memory / 1e9:.1f} GB; {parameters * 20 / 1e9:.1f} GB of it weights and optimizer",
         f"precision           {args.precision}",
     ])  # fmt: skip
