@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--solver", default="euler", help=f"{', '.join(SOLVERS)}; several with commas are shown side by side")
     add("--order", type=int, default=2, choices=[1, 2, 3, 4], help="of the adams solver")
     add("--steps", type=int, default=50)
-    add("--cfg", type=float, help="guidance scale; 1: none (default: 3.5; 2.5 for emoji)")
+    add("--cfg", type=float, default=3.5, help="guidance scale; 1: none (default: 3.5, as in the paper)")
     add("--interval", type=float, nargs=2, default=[0.1, 1.0], metavar=("LOW", "HIGH"), help="times that are guided")
     add("--shift", type=float, default=1.0, help="time shift: above 1, smaller steps near noise")
     add("--resolution", help="pixels, N or HEIGHTxWIDTH (default: as trained). Alone it changes the number of tokens, "
@@ -385,7 +385,6 @@ def main():
     args.classes = args.classes or ("all" if args.npz or config.num_classes != 1000 else "207")
     classes = find_classes(args.classes, model.class_names, config.num_classes)
     args.num = args.num or (50 * len(classes) if args.npz else 8 if len(classes) > 1 else 4)
-    args.cfg = args.cfg if args.cfg is not None else 3.5 if config.num_classes == 1000 else 2.5
     check_memory(config, min(args.batch_size, args.num * (1 if args.npz else len(classes))), grid, size, device)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "gif", "npz", "list_classes")}
     settings |= {"ckpt": pathlib.Path(args.ckpt).name, "device": device.type, "size": f"{size[0]}x{size[1]}"}

@@ -58,7 +58,7 @@ NANO = dict(batch_size=32, steps=1600, lr=4e-3, schedule="cosine", warmup=50, em
             log_every=50, preview_every=400, save_every=400)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
-PREVIEWS_PER_CLASS, PREVIEW_STEPS, PREVIEW_CFG = 8, 20, 2.5
+PREVIEWS_PER_CLASS, PREVIEW_STEPS, PREVIEW_CFG = 8, 20, 3.5
 
 
 class Student(nn.Module):
