@@ -478,7 +478,7 @@ def test_row_32_an_image_that_is_not_finite_is_refused(ckpt, tmp_path, monkeypat
 def test_the_shipped_model_draws_every_class_quickly(tmp_path):
     """Under 20 s on two cores, start-up included, and not nothing: every class has colour."""
     start = time.monotonic()
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", "emoji", "--class", "all", "--num", "8",
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--ckpt", "emoji", "--class", "all",
                            "--out", tmp_path / "x.png"], capture_output=True, text=True, timeout=100)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 20
