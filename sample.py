@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's two sets of weights")
     add("--class", dest="classes", help="index or name, several with commas, or all (default: 207; emoji: all)")
     add("--list-classes", action="store_true", help="print the classes that the model knows, and stop")
-    add("--num", type=int, help="images per class (default: 6 of several, else 4); --npz: in all (default: 50 of each)")
+    add("--num", type=int, help="images per class (default: 4); --npz: in all (default: 50 of each)")
     add("--solver", default="euler", help=f"{', '.join(SOLVERS)}; several with commas are shown side by side")
     add("--order", type=int, default=2, choices=[1, 2, 3, 4], help="of the adams solver")
     add("--steps", type=int, default=50)
@@ -384,7 +384,7 @@ def main():
     args.precision = pick_precision(args.precision, device)
     args.classes = args.classes or ("all" if args.npz or config.num_classes != 1000 else "207")
     classes = find_classes(args.classes, model.class_names, config.num_classes)
-    args.num = args.num or (50 * len(classes) if args.npz else 6 if len(classes) > 1 else 4)
+    args.num = args.num or (50 * len(classes) if args.npz else 4)
     check_memory(config, min(args.batch_size, args.num * (1 if args.npz else len(classes))), grid, size, device)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "gif", "npz", "list_classes")}
     settings |= {"ckpt": pathlib.Path(args.ckpt).name, "device": device.type, "size": f"{size[0]}x{size[1]}"}

@@ -315,7 +315,7 @@ def main():
     micro = args.micro_batch or share
     if args.batch_size % world or share % micro:
         raise DataError(
-            f"--batch-size {args.batch_size} does not divide into {world} processes x --micro-batch {micro}"
+            f"--batch-size {args.batch_size} must divide into {world} processes x --micro-batch {micro}"
         )
 
     # -- Data.

@@ -277,6 +277,7 @@ CALLS = [
 ]  # the file, last.pt, pruning
 
 
+@slow
 @pytest.mark.parametrize("points", [[SIZE // 2, "after replace 1"],
                                     pytest.param([0, 1, *random.Random(1).sample(range(SIZE), 8), SIZE, *CALLS],
                                                  marks=slow)], ids=lambda points: f"{len(points)}_points")  # fmt: skip
@@ -524,6 +525,7 @@ def test_damaged_checkpoints_found_by_rank_0_end_all_ranks_with_one_line(tmp_pat
 # ---- the same run, whoever shares the work ---------------------------------------------------------------------------
 
 
+@slow
 def test_row_18_world_size_may_change_between_resumes(tmp_path, whole):
     """Two ranks up to step 4, one to 6, two to 8. Catches: an order, noise or label drop that depends on the rank."""
     out = copy_of(whole, 4, tmp_path / "run")

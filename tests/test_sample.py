@@ -158,7 +158,7 @@ def test_settings_and_seed_can_be_read_back_from_the_picture(ckpt, tmp_path, mon
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
             text = comment.removeprefix(b"ASCII\0\0\0").decode()
     settings = json.loads(text)
-    expected = {"seed": 17, "classes": "c", "steps": 3, "ckpt": "tiny.pt", "solver": ["euler"], "cfg": 2.5}
+    expected = {"seed": 17, "classes": "c", "steps": 3, "ckpt": "tiny.pt", "solver": ["euler"], "cfg": 3.5}
     assert expected.items() <= settings.items() and settings["precision"] in ("fp32", "bf16")  # not "auto"
     assert str(ckpt.parent) not in text  # a shared picture tells nothing about its maker's disk
 
