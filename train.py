@@ -54,7 +54,7 @@ from samplers import adams, guide, time_grid
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
 PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256,
              data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=32, steps=1600, lr=4e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
+NANO = dict(batch_size=32, steps=1200, lr=4e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
             log_every=50, preview_every=400, save_every=400)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--resolution", type=int, help="side of the training images in pixels (Nano: 32, others: 256)")
     add("--batch-size", type=int, help="images per step over all processes (Nano: 32, others: 256)")
     add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all)")
-    add("--steps", type=int, help="train until this step (Nano: 1600, others: 800000)")
+    add("--steps", type=int, help="train until this step (Nano: 1200, others: 800000)")
     add("--lr", type=float, help="learning rate (Nano: 4e-3, others: 1e-4)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
     add("--warmup", type=int, help="steps over which the learning rate rises from 0")
