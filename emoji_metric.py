@@ -134,6 +134,7 @@ def draw_emoji(model, num, steps=20, cfg=2.5, seed=0):
 
 
 def main():
+    """Trains the features, or prints the table of the checkpoints."""
     parser = argparse.ArgumentParser(description="The emoji distance of checkpoints. Not comparable to FID.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument

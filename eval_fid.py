@@ -458,6 +458,7 @@ def evaluate(reference, samples, model, device="cpu"):
 # 5. The script ---------------------------------------------------------------------------------------------------
 
 def parse_args():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("reference", help="npz, folder of real pictures, file of --save-stats, or emoji")
@@ -502,6 +503,7 @@ def network_speed(model, batch_size, size, device, repeats=5):
 
 
 def print_table(metrics):
+    """The five numbers, beside the paper's."""
     print(f"\n{'':10}{'this run':>10}" + "".join(f"{name:>17}" for name in PUBLISHED) + "   (paper, ImageNet 256)")
     for row, (name, value) in enumerate(metrics.items()):
         # Precision and recall have no entry: only the first three are in the table that we compare with.
@@ -510,6 +512,7 @@ def print_table(metrics):
 
 
 def main():
+    """Checks both inputs, extracts features, and prints and writes the five numbers."""
     args = parse_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
