@@ -52,6 +52,7 @@ def resize_tf1(images, size=SIDE):
 
 
 def average_3x3(x):
+    """3x3 average pool of stride 1 that leaves the padding out of the count, as the published network does."""
     # (2) A pixel at the border averages 4 or 6 neighbours, not 9 with zeros among them.
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)  # the shape of x
 

@@ -108,7 +108,7 @@ def test_attention_equals_softmax_of_normalised_products():
 
 
 def test_parameter_counts_are_the_papers():
-    """L 458 M and XL 700 M in the paper; counting gives 452.1 and 700.6 (the paper's L is rounded differently)."""
+    """L 458 M and XL 700 M in the paper; counting gives 452.1 and 700.6; why L differs is not known to us."""
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in PixNerd(PRESETS[name]).parameters()) for name in ("L", "XL")}
     assert counts == {"L": 452_113_795, "XL": 700_589_219}
