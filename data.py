@@ -1,4 +1,4 @@
-"""Pictures in and out: the embedded emoji, folders of images, the ADM crop, and an order that needs no memory.
+"""Pictures in and out: the embedded emoji, folders and tars of images, ADM's crop, an order that needs no memory.
 
 Everything random about a training sample (its place in the shuffled order, noise, time, dropped label, crop, flip) is a
 function of (seed, number of the sample), where the run's samples are numbered 0, 1, 2, ... in the order in which they
@@ -9,6 +9,7 @@ Left out: videos, captions, aspect-ratio buckets.
 
 import functools
 import hashlib
+import io
 import os
 import pathlib
 import struct
@@ -19,14 +20,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from flow import sample_time
+from picture_index import DataError, index_pictures, pictures_below
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-class DataError(ValueError):
-    """A picture or a data set that cannot be used. One line: which path, what is wrong, what to do."""
 
 
 def keyed_generator(*key):
@@ -51,17 +48,18 @@ def to_uint8(x):
     return ((x.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def read_image(path):
+def read_image(path, content=None):
     """A JPEG, PNG or WEBP file as an RGB picture; gray and palettes are converted, transparency goes over white.
 
-    Sixteen-bit gray is scaled, where Pillow would clip it. EXIF is ignored, as ADM does. Raises DataError, naming the
-    path, for whatever cannot be read completely: nothing is ever put in its place.
+    content: the bytes of the file, if they are not to be read from `path`. Sixteen-bit gray is scaled, where Pillow
+    would clip it. EXIF is ignored, as ADM does. Raises DataError, naming the path, for whatever cannot be read
+    completely: nothing is ever put in its place.
     """
     try:
         with warnings.catch_warnings():
             # Pillow refuses headers that claim over 179 million pixels and warns above 89; here both are errors.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=["JPEG", "PNG", "WEBP"])
+            image = Image.open(path if content is None else io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
         image.load()
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
             image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
@@ -74,7 +72,8 @@ def read_image(path):
             f"{path} claims to be larger than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: remove it"
         )
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        reason = "empty file" if os.path.exists(path) and os.path.getsize(path) == 0 else str(error).splitlines()[0]
+        empty = os.path.exists(path) and os.path.getsize(path) == 0 if content is None else not content
+        reason = "empty file" if empty else str(error).splitlines()[0]
         raise DataError(f"{path} is not a readable JPEG, PNG or WEBP image ({reason}): repair or remove it")
 
 
@@ -143,28 +142,20 @@ class Emoji:
 
 
 class ImageFolder:
-    """A folder with one folder of pictures per class, like ImageNet's train/. Classes are the sorted folder names."""
+    """A folder with one folder of pictures per class, like ImageNet's train/, or an uncompressed tar of one.
 
-    def __init__(self, root, resolution, augment=False):
-        root = pathlib.Path(root)
-        if not root.is_dir():
-            raise DataError(f"there is no data folder {root}: give --data emoji, or a folder of class folders")
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        if not self.classes:
-            raise DataError(f"{root} has no class folders: it must hold one folder of images per class")
-        self.paths, self.labels, self.resolution, self.augment = [], [], resolution, augment
-        for label, name in enumerate(self.classes):
-            paths = list_images(root / name)
-            self.paths += paths
-            self.labels += [label] * len(paths)
-        names = "\n".join(str(path.relative_to(root)) for path in self.paths)
-        self.fingerprint = hashlib.sha256(names.encode()).hexdigest()
+    Classes are the sorted folder names. How a tar is understood, and what `cache` and `write` do: picture_index.py.
+    """
+
+    def __init__(self, root, resolution, augment=False, cache=None, write=True):
+        self.index, self.resolution, self.augment = index_pictures(root, cache, write), resolution, augment
+        self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.labels)
 
     def __getitem__(self, i, generator=None):
-        image = read_image(self.paths[i])
+        image = read_image(self.index.where(i), self.index.read(i))
         if self.augment and generator is not None:
             image = random_crop(image, self.resolution, generator)
         else:
@@ -174,20 +165,22 @@ class ImageFolder:
 
 def list_images(folder):
     """The JPEG, PNG and WEBP files below a folder, sorted. DataError if there are none."""
-    paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
-             if name.lower().endswith(SUFFIXES)]  # fmt: skip
-    if not paths:
+    names = pictures_below(os.fspath(folder))
+    if not names:
         raise DataError(f"{folder} holds no JPEG, PNG or WEBP images")
-    return [pathlib.Path(path) for path in sorted(paths)]
+    return [pathlib.Path(folder, name) for name in sorted(names)]
 
 
-def open_dataset(spec, resolution, augment=False):
-    """The data set that `--data` names: "emoji", or a folder of class folders. Raises DataError.
+def open_dataset(spec, resolution, augment=False, cache=None, write=True):
+    """The data set that `--data` names: "emoji", a folder of class folders, or a tar of one. Raises DataError.
 
-    It has len(), [i] -> (uint8 (3, resolution, resolution), class index), .classes (names), .labels and .fingerprint (a
-    text that changes when pictures are added, removed or renamed).
+    It has len(), [i] -> (uint8 (3, resolution, resolution), class index), .classes (names), .labels and .fingerprint
+    (a text that changes when pictures are added, removed or renamed). cache: the folder of the run, which keeps the
+    list of the pictures for a quick start next time; write=False only reads what is there. None: neither.
     """
-    return Emoji(resolution, augment) if str(spec) == "emoji" else ImageFolder(spec, resolution, augment)
+    if str(spec) == "emoji":
+        return Emoji(resolution, augment)
+    return ImageFolder(spec, resolution, augment, cache, write)
 
 
 # ---- the order of training -------------------------------------------------------------------------------------------
