@@ -319,7 +319,7 @@ def main():
         )
 
     # -- Data.
-    dataset = open_dataset(args.data, args.resolution, args.augment)
+    dataset = open_dataset(args.data, args.resolution, args.augment, args.out, rank == 0 and not args.dry_run)
     config = args.config
     if args.num_classes not in (None, len(dataset.classes)):
         raise DataError(f"{args.data} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
