@@ -9,12 +9,16 @@ The yardstick is the best rate of a 4096^3 matrix product in the same run, since
 """
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
+from PIL import Image
 
+from data import BatchNumbers, center_crop, keyed_generator, open_dataset, training_batches
 from device import DeviceError, autocast, compiler_trouble, matmul_rate, pick_device, pick_precision, synchronize
 from flow import flow_matching_loss
 from model import PRESETS, PixNerd, PixNerdConfig, count_flops
@@ -111,6 +115,43 @@ class Bench:
                 self.report(f"{name}, batch {batch}, {how}", self.time(run, repeats), flops)
 
 
+def loader(count=32, rounds=7):
+    """What one core loads: 500x375 JPEGs to training batches at 256, beside Pillow's decoding alone, and by parts."""
+    with tempfile.TemporaryDirectory() as root:
+        os.mkdir(f"{root}/noise")
+        paths = [f"{root}/noise/{i}.jpg" for i in range(count)]
+        for i, path in enumerate(paths):  # noise of four sizes, about the 110 kB that ImageNet has
+            parts = [weight * torch.nn.functional.interpolate(
+                torch.rand(1, 3, 375 // side + 1, 500 // side + 1, generator=keyed_generator(i, side)), (375, 500))
+                for weight, side in ((0.5, 64), (0.25, 16), (0.15, 4), (0.1, 1))]  # fmt: skip
+            pixels = (sum(parts)[0] * 255).byte().permute(1, 2, 0).numpy()  # (375, 500, 3)
+            Image.fromarray(pixels).save(path, quality=95)
+        size = sum(os.path.getsize(path) for path in paths) / count / 1e3
+        dataset, pictures = open_dataset(root, 256), [Image.open(path) for path in paths]
+        [picture.load() for picture in pictures]
+        what = {
+            "decoding": lambda: [Image.open(path).load() for path in paths],
+            "ADM's crop": lambda: [center_crop(picture, 256) for picture in pictures],
+            "noise": lambda: [torch.randn(3, 256, 256, generator=keyed_generator(i)) for i in range(count)],
+            "all": lambda: list(training_batches(dataset, BatchNumbers(0, 1, count, count), 0, 0.1, 1.0, 0, False)),
+        }
+        spent = {name: [] for name in what}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for _ in range(rounds):
+            for name, function in what.items():
+                start = time.process_time()  # of this process only: others may use the core too
+                function()
+                spent[name].append((time.process_time() - start) / count)
+        torch.set_num_threads(threads)
+    seconds = {name: statistics.median(times) for name, times in spent.items()}
+    whole = seconds.pop("all")
+    print(f"loader, one core, 500x375 JPEGs of {size:.0f} kB to 256: {1 / whole:.0f} images/s; Pillow's decoding "
+          f"alone {1 / seconds['decoding']:.0f}; ratio {seconds['decoding'] / whole:.2f}")  # fmt: skip
+    parts = ", ".join(f"{name} {1e3 * each:.2f}" for name, each in seconds.items())
+    print(f"of {1e3 * whole:.2f} ms for an image: {parts}, the rest {1e3 * (whole - sum(seconds.values())):.2f}")
+
+
 FIGURES = {
     "Nano-train": lambda b: b.training("training step Nano (6+2 blocks of 256)", NANO_REFERENCE, 64),
     "L-forward": lambda b: b.forward("forward L/16 at 256", PRESETS["L"]),
@@ -119,6 +160,7 @@ FIGURES = {
     "L-train": lambda b: b.training("training step L/16 at 256", PRESETS["L"], 2, repeats=2),
     "cost": lambda b: [b.forward(f"forward L/16 at {side}", PRESETS["L"], (1,), resolution=side)
                        for side in (256, 384, 512, 1024)],
+    "loader": lambda b: loader(),
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def read_image(path, content=None):
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB picture too
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
             f"{path} claims to be larger than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: remove it"
@@ -160,7 +160,8 @@ class ImageFolder:
             image = random_crop(image, self.resolution, generator)
         else:
             image = center_crop(image, self.resolution)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[i]  # (3, H, W)
+        # Contiguous, since stacking a batch from rows of pixels would take longer than this copy.
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), self.labels[i]  # (3, H, W)
 
 
 def list_images(folder):
