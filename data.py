@@ -5,24 +5,36 @@ function of (seed, number of the sample), where the run's samples are numbered 0
 are used: sample `step * batch_size + slot`. So there is no generator state to save, a resumed run draws what the
 interrupted one would have drawn, and neither the number of processes nor of loader workers changes a single number.
 Left out: videos, captions, aspect-ratio buckets.
+
+    python data.py imagenette FOLDER       # fetches ten classes of ImageNet, to train on something real (340 MB)
 """
 
+import argparse
 import functools
+import gzip
 import hashlib
 import io
 import os
 import pathlib
+import shlex
+import shutil
 import struct
+import sys
+import tarfile
 import warnings
+import zlib
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
+from download import cached_download
 from flow import sample_time
-from picture_index import DataError, index_pictures, pictures_below
+from picture_index import DataError, index_pictures, pictures_below, tar_members
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
+IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
 EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
 
 
@@ -286,3 +298,65 @@ def save_gif(path, frames, milliseconds=80, hold=1500, comment=""):
     durations = [milliseconds] * (len(frames) - 1) + [hold]
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, comment=comment)
+
+
+# ---- a data set from the network -------------------------------------------------------------------------------------
+
+
+def unpack(archive, folder):
+    """A .tgz -> the folder, whole or not at all: what lies beside train/ in the archive, train/ included.
+
+    Raises DataError if the archive is damaged, has no train/, or holds links, devices, or names that lead out of it.
+    """
+    temporary = folder.with_name(f".{folder.name}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted attempt left behind
+    temporary.mkdir(parents=True)
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tqdm(tar_members(tar, archive), desc="unpacking", unit=" files"):
+                tar.extract(member, temporary, filter="data")  # Python's own check, after that of tar_members
+            while tar.fileobj.read(1 << 20):  # up to the end, where gzip has its checksum
+                pass
+        roots = [root for root in (temporary, *temporary.iterdir()) if (root / "train").is_dir()]
+        if not roots:
+            raise DataError(f"{archive} has no folder train: remove it and get it again")
+        os.rename(roots[0], folder)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{archive} is damaged ({error}): remove it and get it again")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fetch_imagenette(folder):
+    """Makes `folder` with the train/ and val/ of Imagenette, ten classes of ImageNet, 320 pixels on the short side.
+
+    The archive lands beside `folder`; a broken download goes on where it stopped. Prints how to train on it. Raises
+    DataError, and OSError with one line (DownloadError is one).
+    """
+    folder = pathlib.Path(folder)
+    if (folder / "train").is_dir():
+        print(f"{folder} is there already, whole: nothing to do")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DataError(f"{folder} exists and is not this data set: give the name of a new folder")
+    else:
+        archive = cached_download(IMAGENETTE, folder=folder.parent)
+        unpack(archive, folder)
+        print(f"{folder} is ready; {archive} can be removed")
+    print(f"train on it: python train.py --size S --data {shlex.quote(str(folder / 'train'))} --resolution 128 "
+          "--patch-size 8 --batch-size 64 --steps 100000 --ema 0.999 --augment --preview-every 1000 "
+          "--out runs/imagenette")  # fmt: skip
+
+
+def main():
+    """The command line: `python data.py imagenette FOLDER`."""
+    parser = argparse.ArgumentParser(description="Fetch a data set and say how to train on it.")
+    parser.add_argument("name", choices=["imagenette"], help="ten classes of ImageNet, 340 MB")
+    parser.add_argument("folder", help="a new folder; a second time, it says what to do with it")
+    fetch_imagenette(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, OSError) as error:
+        sys.exit(f"data.py: {error}")

@@ -203,7 +203,7 @@ def tar_members(tar, path):
     except DataError:
         raise
     except (tarfile.TarError, ValueError, ArithmeticError, EOFError) as error:  # of a header that makes no sense
-        raise DataError(f"{path} is a damaged archive, or only part of one ({error}): copy or download it again")
+        raise DataError(f"{path} is a damaged archive, or only part of one ({error}): remove it and get it again")
 
 
 def _scan_tar(file, path, inside, start, found):
@@ -239,7 +239,7 @@ def _scan_tar(file, path, inside, start, found):
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise DataError(f"{path} is a damaged archive, or only part of one (no end mark, but something else at byte "
-                        f"{tar.offset:,}): copy or download it again")  # fmt: skip
+                        f"{tar.offset:,}): remove it and get it again")  # fmt: skip
 
 
 def _index_tar(path):

@@ -1,7 +1,13 @@
 """Pictures in and out, and the order of training. Numbers of rows are those of the README's list of promises."""
 
+import gzip
+import io
 import os
+import runpy
+import shlex
 import struct
+import sys
+import tarfile
 import zlib
 
 import numpy as np
@@ -13,6 +19,8 @@ import data
 from data import (BatchNumbers, DataError, TrainingSamples, center_crop, from_uint8, keyed_generator, list_images,
                   open_dataset, picture_grid, random_crop, read_image, save_gif, to_uint8,
                   training_batches)  # fmt: skip
+from download import DownloadError
+from test_download import server  # noqa: F401, a fixture
 
 
 @pytest.fixture
@@ -248,3 +256,131 @@ def test_imagenet_class_names_are_in_index_order():
     names = (data.ASSETS / "imagenet_classes.txt").read_text().splitlines()
     assert len(names) == len(set(names)) == 1000
     assert names[0] == "tench" and names[207] == "golden retriever" and names[999] == "toilet tissue"
+
+
+# ---- a data set from the network -------------------------------------------------------------------------------------
+
+
+def archive(*extra):
+    """A small imagenette2-320.tgz: (name, bytes or type of a member) after two pictures."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+        for name, body in (("train/cat/0.JPEG", os.urandom(9000)), ("val/cat/1.JPEG", b"two"), *extra):
+            member = tarfile.TarInfo(f"imagenette2-320/{name}")
+            if isinstance(body, str):
+                member.type, member.linkname = body.encode(), "/etc/passwd"
+            else:
+                member.size = len(body)
+            tar.addfile(member, None if isinstance(body, str) else io.BytesIO(body))
+    return content.getvalue()
+
+
+@pytest.fixture
+def imagenette(server, monkeypatch):  # noqa: F811
+    server.body = archive()
+    monkeypatch.setattr(data, "IMAGENETTE", server.url.replace("weights.pth", "imagenette2-320.tgz"))
+    return server
+
+
+def test_imagenette_arrives_in_spite_of_a_broken_line_and_a_second_time_needs_none(imagenette, tmp_path, capsys):
+    imagenette.cuts = [3000, 2000]
+    target = tmp_path / "sets" / "nette"
+    data.fetch_imagenette(target)
+    assert [r.get("Range") for r in imagenette.requests] == [None, "bytes=3000-", "bytes=5000-"]
+    assert len((target / "train" / "cat" / "0.JPEG").read_bytes()) == 9000
+    assert (target / "val" / "cat" / "1.JPEG").read_bytes() == b"two"
+    left = {"nette", "imagenette2-320.tgz", "imagenette2-320.tgz.lock"}
+    assert set(os.listdir(tmp_path / "sets")) == left  # no temporary folder
+    assert f"python train.py --size S --data {target}/train " in capsys.readouterr().out
+    data.fetch_imagenette(target)
+    out = capsys.readouterr().out
+    assert "there already" in out and "python train.py" in out and len(imagenette.requests) == 3
+
+
+def test_the_printed_command_is_one_that_train_accepts(imagenette, tmp_path, capsys):
+    """Catches a flag that was renamed, and a shape that the model refuses."""
+    from train import parse_args
+
+    data.fetch_imagenette(tmp_path / "my nette")
+    command = capsys.readouterr().out.split("python train.py ")[1].split("\n")[0]
+    args = parse_args(shlex.split(command))
+    assert args.data == str(tmp_path / "my nette" / "train") and args.config.resolution == 128
+
+
+def test_an_interrupted_unpacking_starts_over(imagenette, tmp_path, monkeypatch):
+    """Catches a half-full folder under the final name, and one that is completed from the remains of another."""
+    real = tarfile.TarFile.extract
+
+    def interrupted(tar, member, *args, **kwargs):
+        if "val" in member.name:
+            raise KeyboardInterrupt
+        return real(tar, member, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extract", interrupted)
+        patch.setattr(data.shutil, "rmtree", lambda *args, **kwargs: None)  # as if it were a SIGKILL
+        with pytest.raises(KeyboardInterrupt):
+            data.fetch_imagenette(tmp_path / "nette")
+    remains = tmp_path / ".nette.unpacking"
+    assert (remains / "imagenette2-320" / "train").is_dir() and not (tmp_path / "nette").exists()
+    (remains / "imagenette2-320" / "train" / "stale.JPEG").write_bytes(b"of another version")
+    data.fetch_imagenette(tmp_path / "nette")
+    assert os.listdir(tmp_path / "nette" / "train") == ["cat"] and not remains.exists()
+
+
+@pytest.mark.parametrize("extra, match", [
+    (("../../evil.JPEG", b"x"), "evil.JPEG leads out of the archive"),
+    (("train/link", "2"), "train/link is a link"),
+    (("train/hard", "1"), "train/hard is a link"),
+    (("train/null", "3"), "train/null is a link, a sparse file or a device"),
+])  # fmt: skip
+def test_archives_with_links_devices_or_escaping_names_are_refused(imagenette, tmp_path, extra, match):
+    imagenette.body = archive(extra)
+    with pytest.raises(DataError, match=match) as error:
+        data.fetch_imagenette(tmp_path / "in" / "nette")
+    assert "\n" not in str(error.value) and "imagenette2-320.tgz" in str(error.value)
+    assert {name for name in os.listdir(tmp_path / "in") if "nette2" not in name} == set()
+    assert not list(tmp_path.rglob("evil.JPEG"))
+
+
+def test_damaged_archives_are_refused_and_leave_nothing(imagenette, tmp_path):
+    whole = archive()
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1  # in gzip's checksum: the files look fine
+    empty = gzip.compress(bytes(10240))
+    for body in (whole[:-4], whole[:5000], bytes(flipped), b"<html>", b"", empty):
+        (tmp_path / "imagenette2-320.tgz").write_bytes(body)
+        with pytest.raises(DataError, match="imagenette2-320.tgz (is damaged|is a damaged|has no folder)") as error:
+            data.fetch_imagenette(tmp_path / "nette")
+        assert "\n" not in str(error.value) and "remove it" in str(error.value)
+        assert not (tmp_path / "nette").exists() and not (tmp_path / ".nette.unpacking").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(imagenette, tmp_path):
+    (tmp_path / "mine").mkdir()
+    data.fetch_imagenette(tmp_path / "mine")  # an empty one is welcome
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    for name in ("other", "other/letter.txt"):
+        with pytest.raises(DataError, match="is not this data set"):
+            data.fetch_imagenette(tmp_path / name)
+    assert (tmp_path / "other" / "letter.txt").read_text() == "dear"
+
+
+def test_without_a_network_one_line_says_the_address_and_where_to_put_the_file(imagenette, tmp_path):
+    imagenette.shutdown()
+    imagenette.server_close()
+    with pytest.raises(DownloadError, match="put it at .*imagenette2-320.tgz") as error:
+        data.fetch_imagenette(tmp_path / "nette")
+    assert data.IMAGENETTE in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "imagenette2-320.tgz").write_bytes(archive())  # as the line says
+    data.fetch_imagenette(tmp_path / "nette")
+    assert (tmp_path / "nette" / "train").is_dir()
+
+
+def test_the_command_line_tells_mistakes_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["data.py", "imagenette", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="data.py: .*file exists and is not this data set") as end:
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert "\n" not in str(end.value)
