@@ -1,14 +1,18 @@
 """How fast is it, against the fastest that this machine multiplies matrices? Each figure as a share of that rate.
 
     python benchmark.py                  # training step of Nano, the defaults of train.py: a minute
-    python benchmark.py --only L-forward XL-forward guided L-train cost
+    python benchmark.py --only L-forward XL-forward guided L-train image memory cost
     python benchmark.py --list
 
 The yardstick is the best rate of a 4096^3 matrix product in the same run, since machines drift; FLOPs are those of
-`count_flops`, matrix products only. "eager" is plain PyTorch, "compiled" has model.compile_blocks().
+`count_flops`, matrix products only. "eager" is plain PyTorch, "compiled" has model.compile_blocks(). A forward pass in
+bf16 has its weights frozen, as in sample.py; the figure "image" shows what that and the rest bring, one by one.
 """
 
 import argparse
+import concurrent.futures
+import functools
+import multiprocessing
 import os
 import statistics
 import sys
@@ -19,10 +23,11 @@ import torch
 from PIL import Image
 
 from data import BatchNumbers, center_crop, keyed_generator, open_dataset, training_batches
-from device import DeviceError, autocast, compiler_trouble, matmul_rate, pick_device, pick_precision, synchronize
+from device import (DeviceError, autocast, compiler_trouble, freeze, matmul_rate, pick_device, pick_precision,
+                    synchronize)  # fmt: skip
 from flow import flow_matching_loss
 from model import PRESETS, PixNerd, PixNerdConfig, count_flops
-from samplers import guide
+from samplers import guide, time_grid
 
 # The shape in which other implementations state their speed: 47 GFLOP a step at batch 64.
 NANO_REFERENCE = PixNerdConfig(num_classes=9, resolution=32, patch_size=8, hidden_size=256, num_heads=4, depth=6,
@@ -37,24 +42,24 @@ class Bench:
         self.rates = {"fp32": matmul_rate(torch.float32, device), "bf16": matmul_rate(torch.bfloat16, device)}
         print(f"{torch.get_num_threads()} threads on {device.type}: 4096^3 product "
               f"{self.rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {self.rates['bf16'] / 1e9:.0f} in bf16")  # fmt: skip
-        print(f"{'what':44} {'seconds':>8} {'GFLOP':>8} {'GFLOP/s':>8} {'of fp32':>8} {'of bf16':>8}")
+        print(f"{'what':56} {'seconds':>8} {'GFLOP':>8} {'GFLOP/s':>8} {'of fp32':>8} {'of bf16':>8}")
 
-    def report(self, name, seconds, flops):
-        """One line: seconds, GFLOP, GFLOP/s, and shares of the two rates."""
+    def report(self, name, seconds, flops, note=""):
+        """One line: seconds, GFLOP, GFLOP/s, shares of the two rates, and what else there is to say."""
         speed = flops / seconds
-        print(f"{name:44} {seconds:8.3f} {flops / 1e9:8.1f} {speed / 1e9:8.1f} {speed / self.rates['fp32']:8.2f} "
-              f"{speed / self.rates['bf16']:8.2f}", flush=True)  # fmt: skip
+        print(f"{name:56} {seconds:8.3f} {flops / 1e9:8.1f} {speed / 1e9:8.1f} {speed / self.rates['fp32']:8.2f} "
+              f"{speed / self.rates['bf16']:8.2f}{note}", flush=True)  # fmt: skip
 
     def time(self, function, repeats=7):
-        """Median seconds of function() after two calls that do not count."""
-        times = []
-        for _ in range(repeats + 2):
+        """Median seconds of function() after a call that does not count, two where there are many."""
+        times, warm = [], 1 if repeats < 7 else 2
+        for _ in range(repeats + warm):
             synchronize(self.device)
             start = time.perf_counter()
             function()
             synchronize(self.device)
             times.append(time.perf_counter() - start)
-        return statistics.median(times[2:])
+        return statistics.median(times[warm:])
 
     def variants(self):
         """(precision, compiled?) pairs to measure."""
@@ -79,40 +84,213 @@ class Bench:
     def training(self, name, config, batch, repeats=7):
         """A training step: forward, backward, AdamW, EMA."""
         for precision, compiled in self.variants():
-            model = self.model(config, compiled)
-            parameters = list(model.parameters())
-            ema = [p.detach().clone() for p in parameters]
-            optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-            x, t, y = self.inputs(config, batch)
+            self.train(name, config, batch, repeats, precision, compiled)
 
-            def step():
-                with autocast(self.device, precision):
-                    loss = flow_matching_loss(model(x, t, y), x, torch.ones_like(x))
-                loss.backward()
-                torch.nn.utils.get_total_norm([p.grad for p in parameters])
-                optimizer.step()
-                optimizer.zero_grad()
-                torch._foreach_lerp_(ema, parameters, 1e-3)
+    def train(self, name, config, batch, repeats, precision, compiled):
+        """One variant of `training`; its model is gone when the next one is made."""
+        model = self.model(config, compiled)
+        parameters = list(model.parameters())
+        ema = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        x, t, y = self.inputs(config, batch)
 
-            how = f"{precision} {'compiled' if compiled else 'eager'}"
-            self.report(f"{name}, batch {batch}, {how}", self.time(step, repeats), 3 * batch * count_flops(config))
+        def step():
+            with autocast(self.device, precision):
+                loss = flow_matching_loss(model(x, t, y), x, torch.ones_like(x))
+            loss.backward()
+            torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            optimizer.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_(ema, parameters, 1e-3)
+
+        how = f"{precision} {'compiled' if compiled else 'eager'}"
+        self.report(f"{name}, batch {batch}, {how}", self.time(step, repeats), 3 * batch * count_flops(config))
 
     @torch.inference_mode()
-    def forward(self, name, config, batches=(1, 2), repeats=3, guided=False, resolution=None):
+    def forward(self, name, config, batches=(1, 2), repeats=3, guided=False):
         """A forward pass, or one guided step (which is two of them)."""
         for precision, compiled in self.variants():
-            model = self.model(config, compiled).eval()
-            for batch in batches:
-                x, t, y = self.inputs(config, batch, resolution)
-                velocity = guide(model, y, 3.5)
+            self.infer(name, config, batches, repeats, guided, precision, compiled)
 
-                def run():
-                    with autocast(self.device, precision):
-                        return velocity(x, torch.tensor(0.5)) if guided else model(x, t, y)
+    def infer(self, name, config, batches, repeats, guided, precision, compiled):
+        """One variant of `forward`; its model is gone when the next one is made."""
+        model = self.model(config, compiled).eval()
+        freeze(model, precision)
+        for batch in batches:
+            x, t, y = self.inputs(config, batch)
+            velocity = guide(model, y, 3.5)
 
-                how = f"{precision} {'compiled' if compiled else 'eager'}"
-                flops = (2 if guided else 1) * batch * count_flops(config, resolution, resolution)
-                self.report(f"{name}, batch {batch}, {how}", self.time(run, repeats), flops)
+            def run():
+                with autocast(self.device, precision):
+                    return velocity(x, torch.tensor(0.5)) if guided else model(x, t, y)
+
+            how = f"{precision} {'compiled' if compiled else 'eager'}"
+            flops = (2 if guided else 1) * batch * count_flops(config)
+            self.report(f"{name}, batch {batch}, {how}", self.time(run, repeats), flops)
+
+    @torch.inference_mode()
+    def image(self, config=PRESETS["XL"], steps=50, scale=3.5):
+        """A guided image, from a plain transcription of the paper to the defaults of sample.py, one change a line.
+
+        Measured over 4 of the steps, two of each kind (guided or not), and multiplied by how many of each there are.
+        """
+        times = time_grid(steps)[:-1]  # (steps)
+        low, high = torch.tensor([0.1, 1.0])
+        guided = int(((times > low) & (times < high)).sum())
+        print(f"an image of {steps} Euler steps, {guided} of them guided by (0.1, 1.0): measured over 4 steps")
+        for precision in self.precisions:
+            self.draw(config, steps, guided, scale, precision)
+
+    def draw(self, config, steps, guided, scale, precision):
+        """One precision of `image`; its model is gone when the next one is made."""
+        model = self.model(config, compiled=False).eval()
+        x, t, y = self.inputs(config, 1)
+        nobody = torch.full_like(y, config.num_classes)
+
+        def two_passes(x, t):
+            v_none, v_class = model(x, t.expand(1), nobody), model(x, t.expand(1), y)
+            return v_none + scale * (v_class - v_none)
+
+        def measure(name, velocity, evaluations, plain=None):
+            def step(t):
+                with autocast(self.device, precision):
+                    return x + velocity(x, torch.tensor(t, device=self.device)) / steps
+
+            early, late = self.time(lambda: step(0.0), 2), self.time(lambda: step(0.5), 2)
+            seconds = (steps - guided) * early + guided * late
+            note = f"  {seconds / plain:.2f} of plain" if plain else ""
+            self.report(f"an image, {precision}, {name}", seconds, evaluations * count_flops(config), note)
+            return seconds
+
+        model.decoder.forward = functools.partial(plain_field, model.decoder)
+        plain = measure("plain: two passes each step", two_passes, 2 * steps)
+        del model.decoder.forward
+        measure("+ encoding embedded once", two_passes, 2 * steps, plain)
+        measure("+ both halves in a batch", guide(model, y, scale, (-1.0, 1.0)), 2 * steps, plain)
+        ours = guide(model, y, scale)
+        measure("+ guided in the interval", ours, steps + guided, plain)
+        if precision == "bf16":
+            freeze(model, precision)
+            measure("+ weights frozen", ours, steps + guided, plain)
+        if self.compile_too:
+            model.compile_blocks()
+            measure("+ compiled", ours, steps + guided, plain)
+
+    def memory(self, config=PRESETS["L"], batch=2):
+        """Peak memory and seconds of training steps in fp32 that make activations again, a new process for each."""
+        for compiled in (False, True)[: 1 + self.compile_too]:
+            first = None
+            for recompute in ("none", "field", "all"):
+                found = in_new_process(train_and_look, config, batch, recompute, compiled)
+                first = first or found
+                how = "compiled" if compiled else "eager"
+                print(f"training step fp32, {how}, batch {batch}, --recompute {recompute:5}: "
+                      + "; ".join(f"{name} {value:.2f} {unit} ({value / first[name, unit] - 1:+.0%})"
+                                  for (name, unit), value in found.items()), flush=True)  # fmt: skip
+
+    def cost(self, config=PRESETS["L"], sides=(256, 384, 512, 1024)):
+        """How time and memory of a forward pass grow with the picture, as sample.py runs it, each in a new process."""
+        precision = self.precisions[-1]
+        for side in sides:
+            seconds, peak = in_new_process(forward_and_look, config, side, precision)
+            self.report(f"forward at {side}, {precision} eager", seconds, count_flops(config, side, side),
+                        f"  peak of the process {peak:.2f} GB")  # fmt: skip
+
+
+# ---- processes of their own, for memory ------------------------------------------------------------------------------
+
+
+def in_new_process(function, *args):
+    """function(*args) in a process that has held nothing before. DeviceError where it does not come back."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *args).result()
+    except concurrent.futures.BrokenExecutor:
+        raise DeviceError(f"the process for {function.__name__} died: more memory is needed than is free")
+
+
+def peak_memory(reset=False):
+    """The most memory that this process has had at once, in GB: Python, PyTorch, code, weights, all of it.
+
+    reset=True forgets the past: the peak counts from now on. DeviceError without Linux's /proc.
+    """
+    try:
+        if reset:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 / 1e9 for line in file if line.startswith("VmHWM"))
+    except OSError as error:
+        raise DeviceError(f"memory is measured by Linux's /proc, which is not to be had here ({error})")
+
+
+def train_and_look(config, batch, recompute, compiled, steps=3):
+    """Peaks in GB and seconds of a training step in fp32 on the CPU: {(what, unit): number}.
+
+    A step is a forward pass, a backward pass, AdamW and EMA. "whole" is the peak of the process over a whole step,
+    "without optimizer" the peak of a first step before AdamW and EMA hold anything, "of the step" the peak of a later
+    step above what is there before and after it (PyTorch, weights, gradients, AdamW's two moments, EMA).
+    """
+    torch.manual_seed(0)
+    model = PixNerd(config)
+    model.recompute = recompute
+    if compiled:
+        model.compile_blocks()
+    x, y = torch.randn(batch, 3, config.resolution, config.resolution), torch.zeros(batch, dtype=torch.long)
+
+    def forward_backward():
+        flow_matching_loss(model(x, torch.full((batch,), 0.5), y), x, torch.ones_like(x)).backward()
+
+    forward_backward()  # compiles
+    model.zero_grad()
+    peak_memory(reset=True)
+    forward_backward()
+    bare = peak_memory()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    optimizer.step()
+    ema = [p.detach().clone() for p in parameters]
+    held = peak_memory(reset=True)  # now
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        forward_backward()
+        optimizer.step()
+        torch._foreach_lerp_(ema, parameters, 1e-3)
+        seconds.append(time.perf_counter() - start)
+    return {("whole", "GB"): peak_memory(), ("without optimizer", "GB"): bare,
+            ("of the step", "GB"): peak_memory() - held, ("time", "s"): statistics.median(seconds)}  # fmt: skip
+
+
+@torch.inference_mode()
+def forward_and_look(config, side, precision, repeats=3):
+    """(seconds, peak in GB) of a forward pass of one image of side x side pixels on the CPU."""
+    torch.manual_seed(0)
+    model = PixNerd(config).eval()
+    freeze(model, precision)
+    x, t, y = torch.randn(1, 3, side, side), torch.rand(1), torch.zeros(1, dtype=torch.long)
+    peak_memory(reset=True)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        with autocast(torch.device("cpu"), precision):
+            model(x, t, y)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), peak_memory()
+
+
+def plain_field(field, rgb, s, size):
+    """The neural field written down as in the paper: each pixel's colour and encoding are joined, then embedded."""
+    places = field.encode(*size).expand(len(rgb), -1, -1)  # (N, P2, E)
+    z = field.embed(torch.cat([rgb, places], dim=-1))  # (N, P2, Dp)
+    for block in field.blocks:
+        z = block(z, s)  # (N, P2, Dp)
+    return field.output(field.norm(z))  # (N, P2, C)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def loader(count=32, rounds=7):
@@ -154,12 +332,14 @@ def loader(count=32, rounds=7):
 
 FIGURES = {
     "Nano-train": lambda b: b.training("training step Nano (6+2 blocks of 256)", NANO_REFERENCE, 64),
+    "Nano-forward": lambda b: b.forward("forward Nano (6+2 blocks of 256)", NANO_REFERENCE, repeats=7),
     "L-forward": lambda b: b.forward("forward L/16 at 256", PRESETS["L"]),
     "XL-forward": lambda b: b.forward("forward XL/16 at 256", PRESETS["XL"]),
     "guided": lambda b: b.forward("guided step XL/16 at 256", PRESETS["XL"], (1,), guided=True),
     "L-train": lambda b: b.training("training step L/16 at 256", PRESETS["L"], 2, repeats=2),
-    "cost": lambda b: [b.forward(f"forward L/16 at {side}", PRESETS["L"], (1,), resolution=side)
-                       for side in (256, 384, 512, 1024)],
+    "image": lambda b: b.image(),
+    "memory": lambda b: b.memory(),
+    "cost": lambda b: b.cost(),
     "loader": lambda b: loader(),
 }  # fmt: skip
 

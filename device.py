@@ -55,6 +55,16 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16)
 
 
+def freeze(model, precision):
+    """For inference: casts the weights of linear layers once, where autocast would do so at every call.
+
+    The numbers stay the same to the last bit, since autocast rounds the same way; half the memory; no way back.
+    """
+    for module in model.modules():
+        if precision == "bf16" and isinstance(module, torch.nn.Linear):
+            module.bfloat16()
+
+
 def compiler_trouble():
     """Why torch.compile cannot work here, in a few words, or None if it can: it is tried on one small function."""
     try:

@@ -217,7 +217,7 @@ class PixNerd(nn.Module):
         else:
             self.decoder = LinearDecoder(D, P)
         # "none", "field" or "all": whose activations are thrown away after the forward pass and made again in the
-        # backward pass. Less memory for more arithmetic; the numbers stay the same.
+        # backward pass. Less memory for more arithmetic; the numbers stay the same but for the order of some sums.
         self.recompute = "none"
         self.class_names = None  # a list of num_classes names, where a checkpoint brings one; only for people
 
@@ -263,8 +263,12 @@ class PixNerd(nn.Module):
         else:
             s = F.silu(t_emb.unsqueeze(1) + h)  # (B, L, D): the class is not added again (released model)
             rgb = patchify(x, height, width).flatten(0, 1).transpose(1, 2)  # (B*L, P2, C)
-            v = self.run(self.decoder, "field", rgb, s.flatten(0, 1), (height, width))  # (B*L, P2, C)
-            v = v.transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
+            # The field's activations are the largest of all. Made again, they would be there at once with all others,
+            # and nothing would be saved; made again for an eighth of the patches at a time, an eighth is there.
+            parts = 1 if self.recompute == "none" or not torch.is_grad_enabled() else 8
+            v = [self.run(self.decoder, "field", *part, (height, width))
+                 for part in zip(rgb.chunk(parts), s.flatten(0, 1).chunk(parts))]  # parts of (B*L, P2, C)
+            v = torch.cat(v).transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
         v = unpatchify(v, rows, height, width)  # (B, C, H, W)
         return v if features_at is None else (v, features)
 

@@ -18,12 +18,15 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+import device
 import sample
 import samplers
 from checkpoint import save_checkpoint
 from data import keyed_generator, to_uint8
+from device import compiler_trouble
 from download import DownloadError
 from flow import clean_from_velocity
+from model import PRESETS
 from sample import SampleError, find_classes
 from test_checkpoint import run_state
 from test_model import TINY
@@ -84,6 +87,54 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(ckpt, tmp_path, monke
     draw(monkeypatch, "--ckpt", ckpt, "--class", "b", "--num", 5, "--steps", 4, "--seed", 1,
          "--out", tmp_path / "other.png")  # fmt: skip
     assert not np.array_equal(pixels(tmp_path / "one.png"), pixels(tmp_path / "other.png"))
+
+
+def test_frozen_weights_draw_the_picture_of_autocast(ckpt, tmp_path, monkeypatch):
+    """Bit for bit, so nothing is lost by casting the weights once. Catches norms or embeddings cast along."""
+    flags = ["--ckpt", ckpt, "--class", "all", "--num", 2, "--steps", 6, "--precision", "bf16"]
+    draw(monkeypatch, *flags, "--out", tmp_path / "frozen.png")
+    monkeypatch.setattr(sample, "freeze", lambda model, precision: None)
+    draw(monkeypatch, *flags, "--out", tmp_path / "autocast.png")
+    assert np.array_equal(pixels(tmp_path / "frozen.png"), pixels(tmp_path / "autocast.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_sampling_draws_the_same_picture(ckpt, tmp_path, monkeypatch, precision):
+    """Five images in batches of 2: guided and not, whole batches and the rest. The tiny model, but the real path."""
+    if compiler_trouble():
+        pytest.skip("no working compiler")
+    flags = ["--ckpt", ckpt, "--class", "b", "--num", 5, "--batch-size", 2, "--steps", 6, "--precision", precision]
+    for choice in ("on", "off"):
+        draw(monkeypatch, *flags, "--compile", choice, "--out", tmp_path / f"{choice}.png")
+    difference = abs(pixels(tmp_path / "on.png").astype(int) - pixels(tmp_path / "off.png"))
+    # Sums in another order: one gray level in fp32; in bf16, where 8 bits are kept of each number, a few.
+    assert difference.max() <= (1 if precision == "fp32" else 8) and difference.mean() < 1
+
+
+def test_compile_auto_counts_the_operations_of_the_run(monkeypatch):
+    """20 TFLOP on a CPU: one XL image of 50 steps, but no emoji sheet. The same command always decides the same."""
+    monkeypatch.setattr(sample, "compiler_trouble", lambda: None)
+    cpu = torch.device("cpu")
+
+    def choice(config, images, *flags):
+        return sample.pick_compile(sample.parse_args(flags), config, images, (config.resolution,) * 2, cpu)
+
+    assert choice(PRESETS["XL"], 1) == "on" and choice(PRESETS["XL"], 1, "--steps", "30") == "off"
+    assert choice(PRESETS["XL"], 1, "--cfg", "1") == "off" and choice(PRESETS["XL"], 2, "--cfg", "1") == "on"
+    assert choice(PRESETS["Nano"], 9 * 12) == "off" and choice(PRESETS["Nano"], 1, "--compile", "on") == "on"
+    assert choice(PRESETS["XL"], 100, "--compile", "off") == "off"
+
+
+def test_compile_on_without_a_compiler_is_one_line_and_auto_says_so(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "compiler_trouble", lambda: "no g++ here")
+    flags = ["--ckpt", ckpt, "--class", "a", "--num", 1, "--steps", 2, "--out", tmp_path / "x.png"]
+    assert complaint(monkeypatch, capsys, *flags, "--compile", "on") == "sample.py: --compile on: no g++ here"
+    assert not (tmp_path / "x.png").exists()
+    monkeypatch.setattr(sample, "compiler_trouble", lambda: "no g++ here")
+    monkeypatch.setattr(sample, "COMPILE_PAYS", {"cpu": 0})
+    draw(monkeypatch, *flags)
+    assert "not compiling, which is slower but the same: no g++ here" in capsys.readouterr().out
 
 
 def test_single_files_are_named_by_class_and_solver(ckpt, tmp_path, monkeypatch):
