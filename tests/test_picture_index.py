@@ -151,7 +151,7 @@ def test_what_is_no_tar_is_refused(tmp_path):
 
 
 def test_a_truncated_or_damaged_tar_is_refused_wherever_it_was_cut(tmp_path):
-    """tarfile itself takes a cut between two members, and a header that makes no sense, for the end: fewer pictures."""
+    """tarfile itself takes a cut between two members, and a header that makes no sense, for the end."""
     path = write_tar(tmp_path / "a.tar")
     whole = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -247,6 +247,23 @@ def test_row_29_a_change_at_once_after_the_listing_is_seen_in_spite_of_the_cache
     assert open_dataset(root, 16, cache=cache).fingerprint == after.fingerprint and len(listings) == 3
 
 
+def test_what_changed_just_now_is_listed_only_after_the_clock_has_ticked(tmp_path, monkeypatch):
+    """Catches a second change within one tick, which leaves the time of the folder as the cache knows it."""
+    root, slept = write_folder(tmp_path / "a"), []
+    monkeypatch.setattr(picture_index.time, "sleep", slept.append)
+    for ago, waits in ((3600, []), (0, [0.02] * 5)):  # the root, three classes and a folder in one of them
+        for folder, _, _ in os.walk(root):
+            os.utime(folder, ns=(0, 1_700_000_000_123_456_789 - ago * 10**9))
+        monkeypatch.setattr(picture_index.time, "time_ns", lambda: 1_700_000_000_125_000_000)
+        slept.clear()
+        open_dataset(root, 16)
+        assert slept == waits
+    os.utime(root, ns=(0, 1_700_000_000_000_000_000))  # a file system that counts whole seconds
+    slept.clear()
+    open_dataset(root, 16)
+    assert slept[0] == 2
+
+
 def test_row_29_another_tar_of_the_same_size_is_seen_in_spite_of_the_cache(tmp_path, listings):
     path, cache = write_tar(tmp_path / "a.tar"), tmp_path / "run"
     before, size = open_dataset(path, 16, cache=cache).fingerprint, path.stat().st_size
@@ -257,6 +274,9 @@ def test_row_29_another_tar_of_the_same_size_is_seen_in_spite_of_the_cache(tmp_p
 
 def test_a_cache_of_other_data_or_a_damaged_one_is_made_again_in_silence(tmp_path, listings, capfd):
     cache, roots = tmp_path / "run", [write_folder(tmp_path / name) for name in "ab"]
+    for root in roots:
+        for folder, _, _ in os.walk(root):
+            os.utime(folder, ns=(0, 1_700_000_000_123_456_789))  # only the path tells them apart
     fingerprint = open_dataset(roots[0], 16, cache=cache).fingerprint
     open_dataset(roots[1], 16, cache=cache)
     assert len(listings) == 2  # of b, although a looks the same
