@@ -2,11 +2,13 @@
 
     python train.py                                        # Nano on the embedded emoji, a few minutes on a CPU
     torchrun --nproc_per_node=8 train.py --size XL --data IMAGENET/train --repa 0.5
+    python train.py --size XL --data IMAGENET/train --dry-run --world-size 8 --gpu a100     # what that would cost
 
 The same command again resumes. In --out: step-N.pt and last.pt (checkpoints), previews/ (EMA samples of the same
-noise), samples.png (the newest of them), metrics.jsonl (numbers, one line per --log-every). The loop below is the whole
-story; everything above it prepares, everything it calls is one file away. Left out: sharding of the model (FSDP), since
-with 32 images of 256 pixels XL fits an A100 whole (33.9 GB in the paper).
+noise), samples.png (the newest of them), metrics.jsonl (numbers, one line per --log-every), and what --tensorboard
+and --wandb write. The loop below is the whole story; everything above it prepares, everything it calls is one file
+away. Left out: sharding of the model (FSDP), since with 32 images of 256 pixels XL fits an A100 whole (33.9 GB in the
+paper).
 """
 
 import argparse
@@ -14,7 +16,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import json
 import math
 import os
 import pathlib
@@ -27,28 +28,21 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import emoji_metric
 import eval_fid
 import inception
 from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
                         load_weights, save_run)  # fmt: skip
-from data import (
-    BatchNumbers,
-    DataError,
-    from_uint8,
-    keyed_generator,
-    open_dataset,
-    picture_grid,
-    to_uint8,
-    training_batches,
-)
-from device import DeviceError, autocast, compiler_trouble, pick_device, pick_precision
+from data import (BatchNumbers, DataError, from_uint8, keyed_generator, open_dataset, picture_grid, to_uint8,
+                  training_batches)  # fmt: skip
+from device import PEAKS, DeviceError, autocast, compiler_trouble, peak_flops, pick_device, pick_precision
 from dinov2 import TeacherError, load_dinov2
 from download import DownloadError
 from flow import alignment_loss, flow_matching_loss, interpolate
-from model import PRESETS, PixNerd, count_flops
+from logs import Log, LogError, require
+from model import PRESETS, PixNerd
+from plan import MFU, Elsewhere, describe, epochs_to_steps, training_flops
 from samplers import adams, guide, time_grid
 
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
@@ -91,7 +85,9 @@ def parse_args(argv=None):
     add("--resolution", type=int, help="side of the training images in pixels (Nano: 32, others: 256)")
     add("--batch-size", type=int, help="images per step over all processes (Nano: 32, others: 256)")
     add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all)")
-    add("--steps", type=int, help="train until this step (Nano: 1200, others: 800000)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="train until this step (Nano: 1200, others: 800000)")
+    length.add_argument("--epochs", type=float, help="instead: until every image was seen so many times")
     add("--lr", type=float, help="learning rate (Nano: 4e-3, others: 1e-4)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
     add("--warmup", type=int, help="steps over which the learning rate rises from 0")
@@ -130,63 +126,44 @@ def parse_args(argv=None):
         "Without it, on the emoji, the emoji distance (emoji_metric.py) is logged instead")  # fmt: skip
     add("--inception", help="weights of the FID network (default: downloaded once)")
     add("--log-every", type=int, help="steps between metrics (0: none)")
+    add("--tensorboard", action="store_true", help="log to OUT/tensorboard as well (pip install tensorboard)")
+    add("--wandb", action="store_true", help="log to Weights & Biases as well (pip install wandb)")
     add("--seed", type=int, default=0)
     add("--accept-changed-data", action="store_true", help="resume although pictures were added, removed or renamed")
     add("--dry-run", action="store_true", help="print the configuration and what it costs, and stop")
+    planned = parser.add_argument_group("with --dry-run, the cost on another machine")
+    planned.add_argument("--world-size", type=int, help="number of GPUs (default: the processes at hand)")
+    planned.add_argument("--gpu", choices=PEAKS, help="kind of GPU, for the time that it takes")
+    planned.add_argument("--mfu", type=float, help=f"share of its peak that training reaches (default: {MFU})")
+    planned.add_argument("--bandwidth", type=float, help="GB/s from GPU to GPU (default: NVLink's)")
     args = parser.parse_args(argv)
+    for name in ("world_size", "gpu", "mfu", "bandwidth"):
+        if getattr(args, name) is not None and not args.dry_run:
+            parser.error(f"--{name.replace('_', '-')} is for planning: add --dry-run, or leave it out")
     for name, value in (NANO if args.size == "Nano" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.data is None:
         parser.error(f"--size {args.size} needs --data: a folder of class folders, like ImageNet's train, or emoji")
-    for name in ("batch_size", "steps"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "steps", "world_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= args.drop_label <= 1 or not 0 <= args.ema < 1 or args.shift <= 0:
         parser.error("--drop-label must lie in [0, 1], --ema in [0, 1) and --shift above 0")
+    if not 0 < (1 if args.epochs is None else args.epochs) < math.inf:
+        parser.error("--epochs must lie above 0")
+    args.mfu = MFU if args.mfu is None else args.mfu
+    if not 0 < args.mfu <= 1 or not 0 < (1 if args.bandwidth is None else args.bandwidth) < math.inf:
+        parser.error("--mfu must lie in (0, 1] and --bandwidth above 0")
     args.out = args.out or f"runs/{args.size}"
-    choices = (
-        "resolution",
-        "patch_size",
-        "decoder",
-        "field_norm",
-        "field_width",
-        "field_depth",
-        "encoding",
-        "num_freqs",
-    )
+    choices = ("resolution", "patch_size", "decoder", "field_norm", "field_width", "field_depth", "encoding",
+               "num_freqs")  # fmt: skip
     chosen = {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
     try:
         args.config = dataclasses.replace(PRESETS[args.size], **chosen)
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def describe(args, config, dataset, world):
-    """The text of --dry-run: configuration, parameters, FLOPs per image, images per epoch, memory. An estimate."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in PixNerd(config).parameters())
-    flops, share = count_flops(config), args.batch_size // world
-    rows, columns = config.token_grid(config.resolution, config.resolution)
-    # What stays for the backward pass: about 25 values of width D per token and block, about 7 Dp per pixel and field
-    # block; 2 bytes each in bf16, 4 in fp32. The 25 and 7 are fitted to the paper's Table 1, with 32 images on an A100:
-    # 22 GB for L, 33.9 GB for XL.
-    width = 2 if args.precision == "bf16" else 4
-    kept = share * rows * columns * (25 * config.hidden_size * config.depth
-                                     + 7 * config.field_depth * config.field_width * config.patch_size**2)  # fmt: skip
-    memory = parameters * 4 * 5 + kept * width  # weights, gradients, EMA and Adam's two moments in float32
-    return "\n".join([
-        f"size {args.size}: {config}",
-        f"parameters          {parameters / 1e6:.1f} M",
-        f"forward pass        {flops / 1e9:.2f} GFLOP per image",
-        f"training step       {3 * flops * args.batch_size / 1e9:.0f} GFLOP for {args.batch_size} images",
-        f"data                {len(dataset)} images per epoch, {len(dataset.classes)} classes",
-        f"run                 {args.steps} steps, {args.steps * args.batch_size / len(dataset):.1f} epochs",
-        f"processes           {world}, with {share} images each",
-        f"memory per process  about {memory / 1e9:.1f} GB; {parameters * 20 / 1e9:.1f} GB of it weights and optimizer",
-        f"precision           {args.precision}",
-    ])  # fmt: skip
 
 
 def start_from(model, path):
@@ -248,16 +225,23 @@ def next_batch(batches, device):
         raise
 
 
-def sample_batch(ema, config, indices, seed, device, precision):
-    """EMA samples `indices` of the endless series of this seed, class i modulo their number: uint8 (B, 3, H, W)."""
-    size = (3, config.resolution, config.resolution)
-    noise = torch.stack([torch.randn(size, generator=keyed_generator(seed, 5, i)) for i in indices])  # (B, 3, H, W)
-    y = torch.tensor(indices, device=device) % config.num_classes  # (B)
+def draw(ema, y, keys, device, precision):
+    """EMA samples of the classes y (list of B), the noise of each from its key: uint8 (B, 3, H, W)."""
+    size = (3, ema.config.resolution, ema.config.resolution)
+    noise = torch.stack([torch.randn(size, generator=keyed_generator(*key)) for key in keys])  # (B, 3, H, W)
+    y = torch.tensor(y, device=device)  # (B)
     with torch.inference_mode(), autocast(device, precision):
         return to_uint8(adams(guide(ema, y, PREVIEW_CFG), noise.to(device), time_grid(PREVIEW_STEPS))).cpu()
 
 
-def evaluate(ema, config, args, device, rank, world):
+def preview(ema, seed, device, precision):
+    """A grid of EMA samples, one row per class (at most 9), from the same noise every time."""
+    y = [i for i in range(min(ema.config.num_classes, 9)) for _ in range(PREVIEWS_PER_CLASS)]
+    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision)  # (B, 3, H, W)
+    return picture_grid(images, PREVIEWS_PER_CLASS)
+
+
+def evaluate(ema, args, device, rank, world):
     """--eval-every: how good are --eval-num EMA samples? -> numbers for the metrics file. All ranks must call it.
 
     Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
@@ -271,34 +255,20 @@ def evaluate(ema, config, args, device, rank, world):
     def batches(size, rank, world):
         for start in range(rank * size, args.eval_num, world * size):
             indices = range(start, min(start + size, args.eval_num))
-            yield sample_batch(ema, config, indices, args.seed, device, args.precision)  # (B, 3, H, W)
+            y, keys = [i % ema.config.num_classes for i in indices], [(args.seed, 5, i) for i in indices]
+            yield draw(ema, y, keys, device, args.precision)  # (B, 3, H, W)
 
     network = inception.load_inception(args.inception).to(device)
-    reference = eval_fid.open_pictures(args.eval_ref, config.resolution)
+    reference = eval_fid.open_pictures(args.eval_ref, ema.config.resolution)
     real = reference.stored
     if "mu" not in real:
         real = eval_fid.describe(reference, network, device, rank=rank, world=world)
-    size = (config.resolution, config.resolution)
+    size = (ema.config.resolution, ema.config.resolution)
     samples = eval_fid.Pictures("EMA samples", args.eval_num, size, batches, {})
     drawn = eval_fid.describe(samples, network, device, rank=rank, world=world)
     probabilities = network.logits(drawn["features"].to(device)).softmax(1).cpu()
     return {"fid": eval_fid.frechet_distance(real["mu"], real["sigma"], drawn["mu"], drawn["sigma"]),
             "inception_score": eval_fid.inception_score(probabilities)}  # fmt: skip
-
-
-@torch.no_grad()
-def preview(path, ema, config, seed, device, precision):
-    """Writes a grid of EMA samples, one row per class (at most 9), from the same noise every time."""
-    classes = min(config.num_classes, 9)
-    y = torch.arange(classes, device=device).repeat_interleave(PREVIEWS_PER_CLASS)
-    size = (3, config.resolution, config.resolution)
-    noise = torch.stack([torch.randn(size, generator=keyed_generator(seed, 3, i)) for i in range(len(y))])
-    with autocast(device, precision):
-        x = adams(guide(ema, y, PREVIEW_CFG), noise.to(device), time_grid(PREVIEW_STEPS))
-    path.parent.mkdir(exist_ok=True)
-    grid = picture_grid(to_uint8(x), PREVIEWS_PER_CLASS)
-    for target in (path, path.parent.parent / "samples.png"):
-        grid.save(target)
 
 
 def main():
@@ -309,17 +279,20 @@ def main():
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
     device = pick_device(args.device, local_rank)
-    args.precision = pick_precision(args.precision, device)
+    args.precision = "bf16" if args.gpu and args.precision == "auto" else pick_precision(args.precision, device)
     say = print if rank == 0 else (lambda *_: None)
+    world = args.world_size or world
     share = args.batch_size // world  # images per step on this rank
     micro = args.micro_batch or share
-    if args.batch_size % world or share % micro:
-        raise DataError(
-            f"--batch-size {args.batch_size} must divide into {world} processes x --micro-batch {micro}"
-        )
+    if args.batch_size % world or micro < 1 or share % micro:
+        raise DataError(f"--batch-size {args.batch_size} must divide into {world} processes x --micro-batch {micro}")
 
     # -- Data.
-    dataset = open_dataset(args.data, args.resolution, args.augment, args.out, rank == 0 and not args.dry_run)
+    if args.dry_run and args.data != "emoji" and not os.path.exists(args.data):
+        dataset = Elsewhere(args.num_classes)
+        say(f"{args.data} is not here: assuming ImageNet's {len(dataset)} images and {len(dataset.classes)} classes")
+    else:
+        dataset = open_dataset(args.data, args.resolution, args.augment, args.out, rank == 0 and not args.dry_run)
     config = args.config
     if args.num_classes not in (None, len(dataset.classes)):
         raise DataError(f"{args.data} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
@@ -330,8 +303,10 @@ def main():
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
     if args.eval_every and args.eval_ref is None and (args.data, args.resolution) != ("emoji", emoji_metric.SIDE):
         raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
+    if args.epochs:
+        args.steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size)
     if args.dry_run:
-        return say(describe(args, config, dataset, world))
+        return say(describe(args, config, len(dataset), world))
     workers = args.workers if args.workers is not None else 0 if args.data == "emoji" else min(8, os.cpu_count() or 1)
 
     # -- Folder. Found out now, not after the first hour.
@@ -342,6 +317,9 @@ def main():
         (out / f".writable-{rank}").unlink()
     except OSError as error:
         raise DataError(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+    for package in ("tensorboard", "wandb"):
+        if rank == 0 and getattr(args, package):
+            require(package)
 
     limit = datetime.timedelta(seconds=args.timeout)
     if world > 1:
@@ -360,9 +338,7 @@ def main():
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=args.weight_decay, fused=True)
 
     # -- Resume. What makes it another run is refused; what only changes its course (--lr, --steps) is not.
     identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
@@ -390,10 +366,6 @@ def main():
         del state, found
     if step >= args.steps:
         return say(f"{out} has {step} of {args.steps} steps: nothing to do (more with --steps)")
-    metrics_path = out / "metrics.jsonl"
-    if rank == 0 and metrics_path.exists():  # lines that a crash left behind the checkpoint will be written again
-        lines = [line for line in metrics_path.read_text().splitlines(True) if line.endswith("\n")]
-        metrics_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     # -- Speed.
     if args.compile != "off":
@@ -429,20 +401,18 @@ def main():
     first_bad = torch.zeros(2, dtype=torch.long, device=device)  # step (0: never), and `culprit` as below
     optimizer.found_inf = torch.zeros((), device=device)
     norms, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
-    logged_at, since, paused = step, time.perf_counter(), 0.0
 
+    settings = {name: value for name, value in vars(args).items() if name != "config"} | dataclasses.asdict(config)
     say(f"training {args.size} on {args.data}: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, "
         f"{args.precision} on {world} x {device.type}, {out}/")  # fmt: skip
-    bar = tqdm(
-        total=args.steps, initial=step, disable=rank != 0 or not sys.stderr.isatty(), unit="step", smoothing=0.05
-    )
+    peak = peak_flops(device)
+    log = Log(out if rank == 0 else None, step, args.steps, args.batch_size, training_flops(config, bool(args.repa)),
+              peak and peak * world, args.tensorboard, args.wandb, settings)  # fmt: skip
     numbers = BatchNumbers(step, args.steps, args.batch_size, micro, rank, world)
     # Loader workers are born deaf to these signals, which go to all processes of a job: one that obeyed would take its
     # rank down with it before the save.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    batches = training_batches(
-        dataset, numbers, args.seed, args.drop_label, args.shift, workers, device.type == "cuda"
-    )
+    batches = training_batches(dataset, numbers, args.seed, args.drop_label, args.shift, workers, device.type == "cuda")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     while step < args.steps:
@@ -461,9 +431,7 @@ def main():
                     loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
                     total = loss.mean()  # ()
                     if teacher:
-                        seen = teacher(
-                            batch["image"] / 255, student_patch=config.patch_size
-                        )  # (B, L, teacher's width)
+                        seen = teacher(batch["image"] / 255, config.patch_size)  # (B, L, teacher's width)
                         alignment = alignment_loss(tokens, seen)  # ()
                         total = total + args.repa * alignment  # ()
                         aligned += alignment.detach() * micro / share
@@ -487,7 +455,7 @@ def main():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - args.ema)
         norms += norm
         step += 1
-        bar.update()
+        log.bar.update()
 
         if world > 1:  # does any rank want to stop?
             flag = torch.tensor(stop["signal"])
@@ -499,56 +467,38 @@ def main():
         if saving or (args.log_every and step % args.log_every == 0):
             if optimizer.found_inf.item():
                 when, culprit = first_bad.tolist()
-                what = (
-                    f"loss stopped being finite on rank {world - culprit}" if culprit else "gradient was not finite"
-                )
+                what = f"loss stopped being finite on rank {world - culprit}" if culprit else "gradient was not finite"
                 raise TrainingError(f"the {what} at step {when}; nothing after it was kept. "
                                     "Resume with a lower --lr, or with --clip 1")  # fmt: skip
             if world > 1:
                 dist.all_reduce(bins)
                 dist.all_reduce(aligned.div_(world))
             sums, counts = bins.tolist()
-            elapsed = time.perf_counter() - since - paused
-            steps_done = step - logged_at
-            line = {
-                "step": step,
-                "loss": sum(sums) / sum(counts),
-                "loss_by_time": [round(s / n, 5) if n else None for s, n in zip(sums, counts)],
-                "lr": learning_rate(args, step - 1),
-                "grad_norm": norms.item() / steps_done,
-                "images_per_second": round(steps_done * args.batch_size / elapsed, 1),
-            }
-            if teacher:
-                line["alignment"] = aligned.item() / steps_done
-            if rank == 0:
-                with open(metrics_path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                text = f"loss {line['loss']:.4f}, {line['images_per_second']:.0f} images/s"
-                bar.set_postfix_str(text)
-                if bar.disable:
-                    left = datetime.timedelta(seconds=round((args.steps - step) * elapsed / steps_done))
-                    print(f"step {step}/{args.steps}, {text}, {left} left", flush=True)
-            bins.zero_()
-            norms.zero_()
-            aligned.zero_()
-            logged_at, since, paused = step, time.perf_counter(), 0.0
+            steps_done = step - log.step
+            log.training(
+                step,
+                loss=sum(sums) / sum(counts),
+                loss_by_time=[round(s / n, 5) if n else None for s, n in zip(sums, counts)],
+                lr=learning_rate(args, step - 1),
+                grad_norm=norms.item() / steps_done,
+                **({"alignment": aligned.item() / steps_done} if teacher else {}),
+            )
+            for total in (bins, norms, aligned):
+                total.zero_()
 
-        pause = time.perf_counter()
-        if saving:
-            save()
-        if rank == 0 and args.preview_every and (step % args.preview_every == 0 or step == args.steps):
-            preview(out / "previews" / f"step-{step:08d}.png", ema, config, args.seed, device, args.precision)
-        if args.eval_every and step % args.eval_every == 0:
-            scores = evaluate(ema, config, args, device, rank, world)
-            if rank == 0:
-                with open(metrics_path, "a") as file:
-                    file.write(json.dumps({"step": step, **scores}) + "\n")
+        with log.pause():
+            if saving:
+                save()
+            if rank == 0 and args.preview_every and (step % args.preview_every == 0 or step == args.steps):
+                log.picture(step, preview(ema, args.seed, device, args.precision))
+            if args.eval_every and step % args.eval_every == 0:
+                scores = evaluate(ema, args, device, rank, world)
+                log.numbers(step, scores)
                 say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-        paused += time.perf_counter() - pause
         if leaving:
             break
 
-    bar.close()
+    log.close()
     if stop["signal"]:
         say(f"stopped by {signal.Signals(stop['signal']).name} at step {step}, saved; the same command goes on")
     else:
@@ -567,8 +517,8 @@ if __name__ == "__main__":
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):  # the one that failed shows what happened
             sys.exit(f"train.py: rank {os.environ.get('RANK', 0)} lost touch with another process: {line[0]}")
         # Mistakes and trouble with the machine get one line; anything else is a fault of ours, with its traceback.
-        told = (CheckpointError, DataError, DeviceError, DownloadError, TeacherError, TrainingError, OSError,
-                eval_fid.EvalError, inception.InceptionError)  # fmt: skip
+        told = (CheckpointError, DataError, DeviceError, DownloadError, LogError, TeacherError, TrainingError,
+                OSError, eval_fid.EvalError, inception.InceptionError)  # fmt: skip
         if isinstance(error, told) or str(error).startswith("DataLoader worker"):
             sys.exit(f"train.py: {line[0]}")
         raise

@@ -1,0 +1,168 @@
+"""What a training run costs, worked out before it starts: FLOPs, memory, traffic, checkpoints, days.
+
+    python train.py --dry-run                                          # this machine
+    python train.py --size XL --data IMAGENET/train --repa 0.5 --dry-run --world-size 8 --gpu a100
+
+Everything here is an estimate from a handful of constants. They come from the paper's Table 1 (training on A100s with
+32 images each: XL 0.27 s and 33.9 GB, L 0.19 s and 22 GB) and from data sheets. tests/test_plan.py compares it with
+that table, and its counts of weights and bytes with real models and files. Left out: reading the data, the time of
+saves and previews, networks between nodes (give their speed with --bandwidth).
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from device import PEAKS
+from model import PixNerd, count_flops
+
+# The share of an A100's bf16 peak that Table 1 implies for XL: 32 images x (3 forward passes of 268 GFLOP, 46 of the
+# teacher, 5 of the projector) in 0.27 s are 101 TFLOP/s of 312. We take it that alignment (REPA) was on, as in the
+# released recipe; without it the share would be 0.31. For an H100 the same share is a guess.
+MFU = 0.32
+# Bytes/s that one GPU sends over NVLink while it receives as many: half of the data sheets' two-way sums of 600 and
+# 900 GB/s. Real all-reduces stay below it.
+NVLINK = {"a100": 300e9, "h100": 450e9}
+# What stays for the backward pass, in numbers of 2 bytes (bf16) or 4 (fp32): TRUNK times D for each token and block;
+# in each field block, FIELD times Dp for each pixel and WRITTEN for each of the 2 r Dp^2 weights that a token writes.
+# Fitted to Table 1's memory of L and XL (25 and 5.7 + 1.3 = 7). Bytes of tensors that autograd saves in our own code,
+# in bf16: 20 and 8 compiled; 40 and 9 + 2 in plain PyTorch, which therefore needs EAGER times as much.
+TRUNK, FIELD, WRITTEN, EAGER = 25, 5.7, 1.3, 1.6
+# ViT-B/14, the teacher of --repa: width, blocks, patch, weights.
+TEACHER_WIDTH, TEACHER_DEPTH, TEACHER_PATCH, TEACHER_WEIGHTS = 768, 12, 14, 86.6e6
+# What to plan with where the data are elsewhere: ImageNet's training set.
+IMAGENET_CLASSES, IMAGENET_IMAGES = 1000, 1_281_167
+
+
+@dataclasses.dataclass
+class Cost:
+    """Estimates for one GPU (or process) of a run. Times are None without a known GPU."""
+
+    parameters: int  # trained ones: the model and, with --repa, the projector
+    flops: float  # of training on one image: what MFU counts
+    repeated: float  # FLOPs per image that --recompute does a second time, and that MFU does not count
+    weights: float  # bytes of weights, gradients, EMA and Adam's moments; the teacher's weights
+    kept: float  # bytes of activations at the fullest moment
+    checkpoint: float  # bytes of one file
+    traffic: float  # bytes that one GPU sends per step, to add up the gradients
+    seconds: float = None  # of one step
+    exchange: float = None  # seconds of sending `traffic`, most of them hidden behind the backward pass
+
+
+def projector_size(config):
+    """Weights and biases of the projector D -> D -> D -> teacher's width that --repa trains (train.Student)."""
+    D = config.hidden_size
+    return 2 * (D * D + D) + (D + 1) * TEACHER_WIDTH
+
+
+def training_flops(config, repa=False):
+    """FLOPs of training on one image: three forward passes of the model and, with --repa, of the projector.
+
+    The teacher of --repa has no backward pass and counts once: 46 GFLOP for ViT-B/14 at 224 pixels, 256 tokens.
+    """
+    if not repa:
+        return 3 * count_flops(config)
+    rows, columns = config.token_grid(config.resolution, config.resolution)
+    L, D, T = rows * columns, config.hidden_size, TEACHER_WIDTH
+    projector = 2 * L * (2 * D * D + D * T)
+    patches = 2 * L * 3 * TEACHER_PATCH**2 * T
+    blocks = TEACHER_DEPTH * 2 * (L + 1) * (12 * T * T + 2 * (L + 1) * T)  # with the class token
+    return 3 * (count_flops(config) + projector) + patches + blocks
+
+
+def estimate(config, batch_size, world=1, micro_batch=None, precision="bf16", recompute="none", repa=False,
+             eager=False, gpu=None, mfu=MFU, bandwidth=None):  # fmt: skip
+    """The Cost of training `config` with `batch_size` images per step over `world` processes.
+
+    gpu: a name in device.PEAKS, for the times. mfu: share of its peak that a run without --recompute reaches;
+    repeated work comes on top. bandwidth: bytes/s between GPUs (default: NVLINK). eager: without torch.compile.
+    """
+    with torch.device("meta"):
+        model = sum(p.numel() for p in PixNerd(config).parameters())
+    projector = projector_size(config) if repa else 0
+    parameters = model + projector
+
+    rows, columns = config.token_grid(config.resolution, config.resolution)
+    tokens = (micro_batch or batch_size // world) * rows * columns  # in one forward pass
+    width = (2 if precision == "bf16" else 4) * (EAGER if eager else 1)
+    Dp = config.field_width
+    block = TRUNK * config.hidden_size * tokens * width
+    field = config.field_depth * (FIELD * config.patch_size**2 * Dp + WRITTEN * 2 * config.field_ratio * Dp**2)
+    field *= tokens * width * (config.decoder == "field")
+    # The peak is at the start of the backward pass, which begins with the field. Made again, an eighth of the field is
+    # there at a time (PixNerd.forward). With "all", of each block only the input stays, and one is there at a time.
+    kept = config.depth * block + (field if recompute == "none" else field / 8)
+    if recompute == "all":
+        kept = config.depth * config.hidden_size * tokens * width + max(block, field / 8)
+
+    trunk = dataclasses.replace(config, decoder="linear")  # a hundredth of the field's work
+    repeated = {"none": 0, "field": count_flops(config) - count_flops(trunk), "all": count_flops(config)}[recompute]
+    cost = Cost(
+        parameters=parameters,
+        flops=training_flops(config, repa),
+        repeated=repeated,
+        # An average of the weights is kept of the model, not of the projector.
+        weights=4 * (5 * model + 4 * projector) + (4 * TEACHER_WEIGHTS if repa else 0),
+        kept=kept,
+        checkpoint=4 * (4 * model + 3 * projector),  # all of that but the gradients
+        traffic=4 * parameters * 2 * (world - 1) / world,  # a ring: every piece goes around twice, but for one hop
+    )
+    if gpu:
+        cost.seconds = batch_size / world * (cost.flops + cost.repeated) / (mfu * PEAKS[gpu])
+        cost.exchange = cost.traffic / (bandwidth or NVLINK[gpu])
+    return cost
+
+
+class Elsewhere:
+    """What a plan needs of data that are not on this machine: ImageNet's numbers of images and of classes."""
+
+    def __init__(self, num_classes=None):
+        self.classes = range(num_classes or IMAGENET_CLASSES)
+
+    def __len__(self):
+        return IMAGENET_IMAGES
+
+
+def epochs_to_steps(epochs, images, batch_size):
+    """--epochs as a number of steps: the first step at which every image was seen `epochs` times."""
+    return math.ceil(epochs * images / batch_size)
+
+
+def describe(args, config, images, world):
+    """The text of --dry-run for train.py's arguments: what the run is and what it costs."""
+    cost = estimate(config, args.batch_size, world, args.micro_batch, args.precision, args.recompute, bool(args.repa),
+                    args.compile == "off", args.gpu, args.mfu, args.bandwidth and args.bandwidth * 1e9)  # fmt: skip
+    share = args.batch_size // world
+    lines = [
+        f"size {args.size}: {config}",
+        f"parameters          {cost.parameters / 1e6:.1f} M",
+        f"forward pass        {count_flops(config) / 1e9:.2f} GFLOP per image",
+        f"training step       {cost.flops * args.batch_size / 1e9:.0f} GFLOP for {args.batch_size} images",
+        f"data                {images} images per epoch, {config.num_classes} classes",
+        f"run                 {args.steps} steps, {args.steps * args.batch_size / images:.1f} epochs",
+        f"processes           {world}, with {share} images each, {args.micro_batch or share} at a time",
+        f"precision           {args.precision}",
+        "Estimates:",
+        f"memory per process  {(cost.weights + cost.kept) / 1e9:.1f} GB; {cost.weights / 1e9:.1f} GB of it weights "
+        f"and optimizer",
+        f"checkpoint          {cost.checkpoint / 1e9:.2f} GB, {args.keep} are kept",
+    ]
+    if world > 1:
+        lines.append(f"gradients           {cost.traffic / 1e9:.2f} GB sent by each process per step (fp32, ring)")
+    if args.gpu:
+        peak, days = PEAKS[args.gpu], cost.seconds * args.steps / 86400
+        lines.append(f"one step            {cost.seconds:.3f} s on {world} x {args.gpu}: "
+                     f"{args.batch_size / cost.seconds:.0f} images/s, at {args.mfu:.2f} of {peak / 1e12:.0f} TFLOP/s "
+                     "(--mfu)")  # fmt: skip
+        if cost.repeated:
+            lines.append(f"                    of it for --recompute {args.recompute}: "
+                         f"{cost.repeated / (cost.flops + cost.repeated):.0%}")  # fmt: skip
+        if world > 1:
+            # Two thirds of the step are its backward pass, during which the gradients travel.
+            hidden = "hidden behind" if cost.exchange < 2 / 3 * cost.seconds else "longer than"
+            speed = args.bandwidth or NVLINK[args.gpu] / 1e9
+            lines.append(f"                    gradients travel {cost.exchange * 1e3:.0f} ms at {speed:g} GB/s "
+                         f"(--bandwidth), {hidden} the backward pass")  # fmt: skip
+        lines.append(f"whole run           {days:.1f} days, {days * 24 * world:.0f} GPU-hours")
+    return "\n".join(lines)
