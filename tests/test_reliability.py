@@ -9,6 +9,7 @@ train.py itself knows nothing of being tested. "Exact" is torch.equal on model, 
 that nobody disturbed. Not here: rows that need one process only, which stand beside their modules.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -130,8 +131,20 @@ class Job:
         return found
 
     def pid(self, rank):
-        """The process of a rank, which is older than the loader workers that it started."""
-        return min(pid for pid, of in self.members().items() if of == rank)
+        """The process of a rank (None: the agent, or the only process), not one of the loader workers that it started."""
+        return next(pid for pid, starter in self.starters(rank).items() if starter not in self.starters(rank))
+
+    def workers(self, rank):
+        """The loader workers of a rank."""
+        return [pid for pid, starter in self.starters(rank).items() if starter in self.starters(rank)]
+
+    def starters(self, rank):
+        """{pid: pid of the process that started it} of a rank. Which is older, the numbers do not tell: they wrap."""
+        found = {}
+        for pid in (pid for pid, of in self.members().items() if of == rank):
+            with contextlib.suppress(OSError):  # it has just ended
+                found[pid] = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return found
 
     def wait_for(self, condition, what):
         """Waits until condition() is true; a job that ends or a time that passes before that is a failure."""
@@ -500,7 +513,7 @@ def test_row_30_a_killed_loader_worker_is_an_error_that_names_it(tmp_path, ranks
     with Job(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--workers", 2, ranks=ranks) as job:
         job.wait_for_step(3)
         rank = 0 if ranks > 1 else None
-        worker = max(pid for pid, of in job.members().items() if of == rank)
+        worker = job.workers(rank)[0]
         os.kill(worker, signal.SIGKILL)
         assert job.finish(timeout=60) != 0
         assert_one_line(job.text, f"DataLoader worker (pid {worker}) is killed by signal: Killed")
