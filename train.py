@@ -48,8 +48,8 @@ from samplers import adams, guide, time_grid
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
 PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256,
              data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=32, steps=1200, lr=4e-3, schedule="cosine", warmup=50, ema=0.99, resolution=32, data="emoji",
-            log_every=50, preview_every=400, save_every=400)  # fmt: skip
+NANO = dict(batch_size=16, steps=2600, lr=3e-3, schedule="cosine", warmup=20, ema=0.99, resolution=32, data="emoji",
+            log_every=100, preview_every=1000, save_every=1000)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
 PREVIEWS_PER_CLASS, PREVIEW_STEPS, PREVIEW_CFG = 8, 20, 3.5
@@ -81,14 +81,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train PixNerd. Running the same command again resumes.")
     add = parser.add_argument
     add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
-    add("--data", help="emoji, or a folder of class folders (default: emoji for Nano)")
+    add("--data", help="emoji, a folder of class folders, or an uncompressed tar of one (default: emoji for Nano)")
     add("--resolution", type=int, help="side of the training images in pixels (Nano: 32, others: 256)")
-    add("--batch-size", type=int, help="images per step over all processes (Nano: 32, others: 256)")
+    add("--batch-size", type=int, help="images per step over all processes (Nano: 16, others: 256)")
     add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="train until this step (Nano: 1200, others: 800000)")
+    length.add_argument("--steps", type=int, help="train until this step (Nano: 2600, others: 800000)")
     length.add_argument("--epochs", type=float, help="instead: until every image was seen so many times")
-    add("--lr", type=float, help="learning rate (Nano: 4e-3, others: 1e-4)")
+    add("--lr", type=float, help="learning rate (Nano: 3e-3, others: 1e-4)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
     add("--warmup", type=int, help="steps over which the learning rate rises from 0")
     add("--weight-decay", type=float, default=0.0)
@@ -144,7 +144,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.data is None:
-        parser.error(f"--size {args.size} needs --data: a folder of class folders, like ImageNet's train, or emoji")
+        parser.error(f"--size {args.size} needs --data: a folder of class folders, like ImageNet's train, a tar of one, or emoji")
     for name in ("batch_size", "steps", "world_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
