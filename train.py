@@ -144,7 +144,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.data is None:
-        parser.error(f"--size {args.size} needs --data: a folder of class folders like ImageNet's train, or a tar of one")
+        parser.error(f"--size {args.size} needs --data: a folder of class folders like ImageNet's, or a tar of one")
     for name in ("batch_size", "steps", "world_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
