@@ -38,8 +38,10 @@ def wandb_history(out):
     A .wandb file is LevelDB's log format: blocks of 32 KiB (the first begins with 7 bytes of its own) with pieces of
     checksum (4 bytes), length (2) and kind (1: whole, 2 to 4: first, middle, last); joined, a protobuf message each.
     """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # its own process writes the file, and may do so a moment after the run was finished
     history, ids = {}, []
     for path in sorted((out / "wandb").glob("offline-run-*/*.wandb")):
         data, place, message = path.read_bytes(), 7, b""

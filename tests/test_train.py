@@ -222,6 +222,18 @@ def test_resuming_a_finished_run_does_nothing(uninterrupted):
     assert (uninterrupted / "last.pt").stat().st_mtime_ns == before
 
 
+def test_epochs_are_steps_that_resuming_does_not_change(folder, tmp_path):
+    """Six pictures, four a step: two epochs are three steps, also when asked for again; three are five."""
+    out = tmp_path / "run"
+    assert train(out, "--data", folder, "--epochs", 2)[0] == 0
+    assert last(out)["step"] == 3
+    assert "3 of 3 steps: nothing to do" in train(out, "--data", folder, "--epochs", 2)[1]
+    assert train(out, "--data", folder, "--epochs", 3)[0] == 0
+    assert last(out)["step"] == 5
+    assert "--epochs must lie above 0" in refuses(out, "--epochs", 0)
+    assert "--epochs: not allowed with argument --steps" in refuses(out, "--steps", 3, "--epochs", 1)
+
+
 def test_row_21_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path):
     out = tmp_path / "run"
     assert train(out, "--steps", 2)[0] == 0
