@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from data import BatchNumbers, center_crop, keyed_generator, open_dataset, training_batches
-from device import (DeviceError, autocast, compiler_trouble, freeze, matmul_rate, pick_device, pick_precision,
-                    synchronize)  # fmt: skip
+from device import (DeviceError, autocast, compiler_trouble, freeze, keep_memory, matmul_rate, pick_device,
+                    pick_precision, synchronize)  # fmt: skip
 from flow import flow_matching_loss
 from model import PRESETS, PixNerd, PixNerdConfig, count_flops
 from samplers import guide, time_grid
@@ -128,7 +128,6 @@ class Bench:
             flops = (2 if guided else 1) * batch * count_flops(config)
             self.report(f"{name}, batch {batch}, {how}", self.time(run, repeats), flops)
 
-    @torch.inference_mode()
     def image(self, config=PRESETS["XL"], steps=50, scale=3.5):
         """A guided image, from a plain transcription of the paper to the defaults of sample.py, one change a line.
 
@@ -139,10 +138,11 @@ class Bench:
         guided = int(((times > low) & (times < high)).sum())
         print(f"an image of {steps} Euler steps, {guided} of them guided by (0.1, 1.0): measured over 4 steps")
         for precision in self.precisions:
-            self.draw(config, steps, guided, scale, precision)
+            in_new_process(self.draw, config, steps, guided, scale, precision)
 
+    @torch.inference_mode()
     def draw(self, config, steps, guided, scale, precision):
-        """One precision of `image`; its model is gone when the next one is made."""
+        """One precision of `image`, in a process of its own: what `keep_memory` changes cannot be changed back."""
         model = self.model(config, compiled=False).eval()
         x, t, y = self.inputs(config, 1)
         nobody = torch.full_like(y, config.num_classes)
@@ -172,6 +172,8 @@ class Bench:
         if precision == "bf16":
             freeze(model, precision)
             measure("+ weights frozen", ours, steps + guided, plain)
+        keep_memory()
+        measure("+ freed memory kept", ours, steps + guided, plain)
         if self.compile_too:
             model.compile_blocks()
             measure("+ compiled", ours, steps + guided, plain)
@@ -232,6 +234,7 @@ def train_and_look(config, batch, recompute, compiled, steps=3):
     "without optimizer" the peak of a first step before AdamW and EMA hold anything, "of the step" the peak of a later
     step above what is there before and after it (PyTorch, weights, gradients, AdamW's two moments, EMA).
     """
+    keep_memory()
     torch.manual_seed(0)
     model = PixNerd(config)
     model.recompute = recompute
@@ -267,6 +270,7 @@ def train_and_look(config, batch, recompute, compiled, steps=3):
 @torch.inference_mode()
 def forward_and_look(config, side, precision, repeats=3):
     """(seconds, peak in GB) of a forward pass of one image of side x side pixels on the CPU."""
+    keep_memory()
     torch.manual_seed(0)
     model = PixNerd(config).eval()
     freeze(model, precision)
@@ -361,6 +365,7 @@ def main():
     if trouble:
         print(f"without compilation: {trouble}")
     bench = Bench(device, precisions, not trouble)
+    keep_memory()  # as train.py and sample.py do; "image" and "memory" measure in processes of their own
     for name in args.only:
         FIGURES[name](bench)
     print(f"the defaults of train.py here: {pick_precision('auto', device)}, {'eager' if trouble else 'compiled'}")

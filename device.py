@@ -5,6 +5,7 @@ device, but for one line of the attention in model.py.
 """
 
 import contextlib
+import ctypes
 import os
 import time
 
@@ -63,6 +64,20 @@ def freeze(model, precision):
     for module in model.modules():
         if precision == "bf16" and isinstance(module, torch.nn.Linear):
             module.bfloat16()
+
+
+def keep_memory():
+    """Makes the C library keep freed memory for the next tensor. Linux with glibc; nothing happens elsewhere.
+
+    By itself it gives large blocks back to the system, which hands them out again page by page, zeroed: that took 30 %
+    of the time of a bf16 training step of L's shape, for 5 % less memory.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors below 1 GiB come from memory that is kept
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and none of that is given back
 
 
 def compiler_trouble():

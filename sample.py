@@ -34,7 +34,7 @@ from tqdm import tqdm
 import samplers
 from checkpoint import CheckpointError, load_model, sync_folder
 from data import ASSETS, DataError, keyed_generator, picture_grid, save_gif, to_uint8
-from device import (DeviceError, autocast, available_memory, compiler_trouble, freeze, pick_device,
+from device import (DeviceError, autocast, available_memory, compiler_trouble, freeze, keep_memory, pick_device,
                     pick_precision)  # fmt: skip
 from download import DownloadError, cached_download
 from flow import clean_from_velocity
@@ -394,6 +394,7 @@ def main():
     if args.gif:
         check_output("--gif", args.gif)
 
+    keep_memory()
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     model, trained_size = find_model(args)
     config, grid = model.config, model.config.token_grid(*trained_size)
