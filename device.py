@@ -69,8 +69,8 @@ def freeze(model, precision):
 def keep_memory():
     """Makes the C library keep freed memory for the next tensor. Linux with glibc; nothing happens elsewhere.
 
-    By itself it gives large blocks back to the system, which hands them out again page by page, zeroed: that took 30 %
-    of the time of a bf16 training step of L's shape, for 5 % less memory.
+    By itself it gives large blocks back to the system, which hands them out again page by page, zeroed: a quarter of
+    the processor time of a bf16 training step of L's shape went there, for 5 to 8 % less memory.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

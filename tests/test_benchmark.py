@@ -38,14 +38,15 @@ def test_list_names_the_figures_and_a_wrong_one_is_refused_with_the_right_ones(m
 
 def test_a_small_figure_prints_seconds_and_shares_that_fit(monkeypatch, capsys):
     """Speeds and shares are recomputed from the printed seconds, GFLOP and rates. Catches a share of the other rate."""
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "Nano-forward", "--compile", "off", "--device", "cpu"])
+    flags = ["--only", "Nano-forward", "--compile", "off", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
     monkeypatch.setattr(benchmark, "matmul_rate", functools.partial(benchmark.matmul_rate, size=1024))  # not minutes
     benchmark.main()
     lines = capsys.readouterr().out.splitlines()
     rates = [float(rate) for rate in re.search(r"product (\d+) GFLOP/s in fp32, (\d+) in bf16", lines[1]).groups()]
     rows = [line.split(", ") for line in lines if line.startswith("forward Nano")]
-    assert [(row[1], row[2][:10]) for row in rows] == [("batch 1", "fp32 eager"), ("batch 2", "fp32 eager"),
-                                                       ("batch 1", "bf16 eager"), ("batch 2", "bf16 eager")]  # fmt: skip
+    expected = [(batch, f"{precision} eager") for precision in ("fp32", "bf16") for batch in ("batch 1", "batch 2")]
+    assert [(row[1], row[2][:10]) for row in rows] == expected
     for row in rows:
         seconds, gflop, speed, *shares = map(float, row[2].split()[2:])
         assert speed == pytest.approx(gflop / seconds, rel=0.5)  # GFLOP have one decimal, and there are 0.2
