@@ -101,15 +101,23 @@ def test_frozen_weights_draw_the_picture_of_autocast(ckpt, tmp_path, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_sampling_draws_the_same_picture(ckpt, tmp_path, monkeypatch, precision):
-    """Five images in batches of 2: guided and not, whole batches and the rest. The tiny model, but the real path."""
+    """Five images in batches of 2: guided and not, whole batches and the rest. The tiny model, but the real path.
+
+    In fp32 one gray level is allowed. In bf16 both round, at other places: the compiled one may not be farther from
+    the fp32 picture than the eager one is, by a quarter.
+    """
     if compiler_trouble():
         pytest.skip("no working compiler")
     flags = ["--ckpt", ckpt, "--class", "b", "--num", 5, "--batch-size", 2, "--steps", 6, "--precision", precision]
     for choice in ("on", "off"):
         draw(monkeypatch, *flags, "--compile", choice, "--out", tmp_path / f"{choice}.png")
-    difference = abs(pixels(tmp_path / "on.png").astype(int) - pixels(tmp_path / "off.png"))
-    # Sums in another order: one gray level in fp32; in bf16, where 8 bits are kept of each number, a few.
-    assert difference.max() <= (1 if precision == "fp32" else 8) and difference.mean() < 1
+    draw(monkeypatch, *flags, "--compile", "off", "--precision", "fp32", "--out", tmp_path / "exact.png")
+    exact, on, off = (pixels(tmp_path / f"{name}.png").astype(int) for name in ("exact", "on", "off"))
+    print(f"mean distance from fp32: compiled {abs(on - exact).mean():.3f}, eager {abs(off - exact).mean():.3f}")
+    if precision == "fp32":
+        assert abs(on - off).max() <= 1
+    else:
+        assert 0 < abs(on - exact).mean() <= 1.25 * abs(off - exact).mean()
 
 
 def test_compile_auto_counts_the_operations_of_the_run(monkeypatch):
