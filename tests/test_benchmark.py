@@ -88,6 +88,7 @@ def test_an_image_counts_the_evaluations_of_each_way(bench, capsys):
                                  abs=0.06)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own_and_recomputing_lowers_it(bench, capsys):
     """A model whose activations outweigh all else. Catches peaks inherited from this process, which holds 1 GB more."""
     ballast = torch.ones(250_000_000)
