@@ -66,18 +66,19 @@ def freeze(model, precision):
             module.bfloat16()
 
 
-def keep_memory():
+def keep_memory(keep=True):
     """Makes the C library keep freed memory for the next tensor. Linux with glibc; nothing happens elsewhere.
 
-    By itself it gives large blocks back to the system, which hands them out again page by page, zeroed: a quarter of
-    the processor time of a bf16 training step of L's shape went there, for 5 to 8 % less memory.
+    By itself it gives large blocks back to the system, which hands them out again page by page, zeroed: up to a quarter
+    of the time of a bf16 training step of L's shape went there, for 5 to 8 % less memory. keep=False gives back every
+    block above 64 kB, so that the memory in use can be measured.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors below 1 GiB come from memory that is kept
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and none of that is given back
+    mallopt(-3, 2**30 if keep else 2**16)  # M_MMAP_THRESHOLD: larger tensors go back when they are freed
+    mallopt(-1, 2**31 - 1 if keep else 0)  # M_TRIM_THRESHOLD: how much of the others is kept
 
 
 def compiler_trouble():

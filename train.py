@@ -36,7 +36,8 @@ from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, loa
                         load_weights, save_run)  # fmt: skip
 from data import (BatchNumbers, DataError, from_uint8, keyed_generator, open_dataset, picture_grid, to_uint8,
                   training_batches)  # fmt: skip
-from device import PEAKS, DeviceError, autocast, compiler_trouble, peak_flops, pick_device, pick_precision
+from device import (PEAKS, DeviceError, autocast, compiler_trouble, keep_memory, peak_flops, pick_device,
+                    pick_precision)  # fmt: skip
 from dinov2 import TeacherError, load_dinov2
 from download import DownloadError
 from flow import alignment_loss, flow_matching_loss, interpolate
@@ -274,6 +275,7 @@ def evaluate(ema, args, device, rank, world):
 def main():
     """Reads the flags, prepares, and runs the training loop."""
     args = parse_args()
+    keep_memory()
 
     # -- Processes. torchrun sets these variables; without it this is the only process.
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in

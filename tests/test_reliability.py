@@ -131,7 +131,7 @@ class Job:
         return found
 
     def pid(self, rank):
-        """The process of a rank (None: the agent, or the only process), not one of the loader workers that it started."""
+        """The process of a rank (None: the agent, or the only one), not one of the loader workers that it started."""
         return next(pid for pid, starter in self.starters(rank).items() if starter not in self.starters(rank))
 
     def workers(self, rank):
