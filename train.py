@@ -49,7 +49,7 @@ from samplers import adams, guide, time_grid
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
 PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256,
              data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=16, steps=2600, lr=3e-3, schedule="cosine", warmup=20, ema=0.99, resolution=32, data="emoji",
+NANO = dict(batch_size=16, steps=2400, lr=3e-3, schedule="cosine", warmup=20, ema=0.99, resolution=32, data="emoji",
             log_every=100, preview_every=1000, save_every=1000)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, help="images per step over all processes (Nano: 16, others: 256)")
     add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="train until this step (Nano: 2600, others: 800000)")
+    length.add_argument("--steps", type=int, help="train until this step (Nano: 2400, others: 800000)")
     length.add_argument("--epochs", type=float, help="instead: until every image was seen so many times")
     add("--lr", type=float, help="learning rate (Nano: 3e-3, others: 1e-4)")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
