@@ -75,8 +75,8 @@ def parse_args(argv=None):
     add("--resolution", help="pixels, N or HEIGHTxWIDTH (default: as trained). Alone it changes the number of tokens, "
         "each a patch as trained: for another shape, or a size near the trained one")  # fmt: skip
     add("--upscale", default="1", help="2, 1.5 or HEIGHTxWIDTH factors such as 2x1.5: keeps the tokens of --resolution "
-        "and draws each patch with more pixels: for pictures far larger than the trained size. Needs patches with "
-        "twice as many pixels a side as encoding frequencies, as released; not the emoji model's")  # fmt: skip
+        "and draws each patch with more pixels: for pictures far larger than the trained size. Stripes appear where a "
+        "patch has fewer pixels a side than twice the encoding's frequencies (the emoji model)")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=32, help="images computed at once")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
