@@ -2,6 +2,7 @@
 
     python benchmark.py                  # training step of Nano, the defaults of train.py: a minute
     python benchmark.py --only L-forward XL-forward guided L-train image memory cost
+    python benchmark.py --only loader metrics                # of data and evaluation
     python benchmark.py --list
 
 The yardstick is the best rate of a 4096^3 matrix product in the same run, since machines drift; FLOPs are those of
@@ -22,6 +23,7 @@ import time
 import torch
 from PIL import Image
 
+import eval_fid
 from data import BatchNumbers, center_crop, keyed_generator, open_dataset, training_batches
 from device import (DeviceError, autocast, compiler_trouble, freeze, keep_memory, matmul_rate, pick_device,
                     pick_precision, synchronize)  # fmt: skip
@@ -333,6 +335,25 @@ def loader(count=32, rounds=7):
     print(f"of {1e3 * whole:.2f} ms for an image: {parts}, the rest {1e3 * (whole - sum(seconds.values())):.2f}")
 
 
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def metrics(bench, count=10_000, width=2048):
+    """Precision and recall of `count` against `count` features, and FID from their statistics, all in float64."""
+    generator = torch.Generator().manual_seed(0)
+    real, drawn = (torch.rand(count, width, generator=generator) for _ in range(2))  # (count, width) each
+    start = time.perf_counter()
+    eval_fid.precision_recall(real.to(bench.device), drawn.to(bench.device))
+    found = time.perf_counter()
+    products = 3 * 2 * count * count * width  # each set against itself, and one against the other
+    bench.report(f"precision and recall, {count} against {count}", found - start, products)
+    statistics_of = [eval_fid.Statistics(width), eval_fid.Statistics(width)]
+    for collected, features in zip(statistics_of, (real, drawn)):
+        collected.update(features)
+    eval_fid.frechet_distance(*statistics_of[0].mean_cov(), *statistics_of[1].mean_cov())
+    print(f"FID from the same features: {time.perf_counter() - found:.1f} s")
+
+
 FIGURES = {
     "Nano-train": lambda b: b.training("training step Nano (6+2 blocks of 256)", NANO_REFERENCE, 64),
     "Nano-forward": lambda b: b.forward("forward Nano (6+2 blocks of 256)", NANO_REFERENCE, repeats=7),
@@ -344,6 +365,7 @@ FIGURES = {
     "memory": lambda b: b.memory(),
     "cost": lambda b: b.cost(),
     "loader": lambda b: loader(),
+    "metrics": lambda b: metrics(b),
 }  # fmt: skip
 
 
