@@ -340,6 +340,7 @@ def test_saved_statistics_replace_the_reference(finished):
     torch.testing.assert_close(saved.stored["sigma"], x.T.cov(), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(finished, weights):
     """What torchrun does: the same command in two processes, which find each other by these variables."""
     folder, _, single = finished

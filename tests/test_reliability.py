@@ -430,7 +430,8 @@ def stopped_and_resumed(out, job, whole):
     assert_same_run(last(out), last(whole))
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=slow)])
+@slow
+@pytest.mark.parametrize("workers", [2, 0])
 def test_row_7_sigterm_to_torchrun_saves_the_same_step_on_all_ranks(tmp_path, whole, workers):
     """torchrun passes the signal on to whole process groups. Catches: loader workers that die of it before the save."""
     out = tmp_path / "run"

@@ -333,6 +333,7 @@ def test_npz_names_a_damaged_shard(ckpt, tmp_path, monkeypatch):
             draw(monkeypatch, *flags)
 
 
+@pytest.mark.slow
 def test_npz_killed_and_gone_on_with_by_two_processes_has_the_same_bytes(ckpt, tmp_path, monkeypatch):
     """SIGKILL in the middle of one process, then two, against one that was left alone: the whole file is equal."""
     flags = ["--ckpt", ckpt, "--device", "cpu", "--num", 60, "--batch-size", 3, "--steps", 30,
