@@ -115,17 +115,6 @@ def load_checkpoint(path, mmap=False):
     return state
 
 
-def config_from_dict(values, path="the checkpoint"):
-    """PixNerdConfig from a checkpoint's "config". CheckpointError for fields that this version does not know."""
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(PixNerdConfig)})
-    if unknown:
-        raise CheckpointError(f"{path} has configuration fields unknown to this version: {', '.join(unknown)}")
-    try:
-        return PixNerdConfig(**values)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}")
-
-
 def load_weights(module, state_dict, path, assign=False):
     """module.load_state_dict, strict, with a CheckpointError that names the first key that does not fit."""
     own = module.state_dict()

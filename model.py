@@ -266,9 +266,9 @@ class PixNerd(nn.Module):
             # The field's activations are the largest of all. Made again, they would be there at once with all others,
             # and nothing would be saved; made again for an eighth of the patches at a time, an eighth is there.
             parts = 1 if self.recompute == "none" or not torch.is_grad_enabled() else 8
-            v = [self.run(self.decoder, "field", *part, (height, width))
-                 for part in zip(rgb.chunk(parts), s.flatten(0, 1).chunk(parts))]  # parts of (B*L, P2, C)
-            v = torch.cat(v).transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
+            decoded = [self.run(self.decoder, "field", *part, (height, width))
+                       for part in zip(rgb.chunk(parts), s.flatten(0, 1).chunk(parts))]  # parts x (B*L/parts, P2, C)
+            v = torch.cat(decoded).transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
         v = unpatchify(v, rows, height, width)  # (B, C, H, W)
         return v if features_at is None else (v, features)
 

@@ -468,8 +468,8 @@ def main():
 
         if saving or (args.log_every and step % args.log_every == 0):
             if optimizer.found_inf.item():
-                when, culprit = first_bad.tolist()
-                what = f"loss stopped being finite on rank {world - culprit}" if culprit else "gradient was not finite"
+                when, who = first_bad.tolist()
+                what = f"loss stopped being finite on rank {world - who}" if who else "gradient was not finite"
                 raise TrainingError(f"the {what} at step {when}; nothing after it was kept. "
                                     "Resume with a lower --lr, or with --clip 1")  # fmt: skip
             if world > 1:
@@ -485,8 +485,8 @@ def main():
                 grad_norm=norms.item() / steps_done,
                 **({"alignment": aligned.item() / steps_done} if teacher else {}),
             )
-            for total in (bins, norms, aligned):
-                total.zero_()
+            for gathered in (bins, norms, aligned):
+                gathered.zero_()
 
         with log.pause():
             if saving:
