@@ -29,6 +29,7 @@ from device import (DeviceError, autocast, compiler_trouble, freeze, keep_memory
                     pick_precision, synchronize)  # fmt: skip
 from flow import flow_matching_loss
 from model import PRESETS, PixNerd, PixNerdConfig, count_flops
+from optimizers import make_optimizers
 from samplers import guide, time_grid
 
 # The shape in which other implementations state their speed: 47 GFLOP a step at batch 64.
@@ -83,17 +84,17 @@ class Bench:
         return (torch.randn(batch, 3, side, side, device=self.device), torch.rand(batch, device=self.device),
                 torch.zeros(batch, dtype=torch.long, device=self.device))  # fmt: skip
 
-    def training(self, name, config, batch, repeats=7):
-        """A training step: forward, backward, AdamW, EMA."""
+    def training(self, name, config, batch, optimizer="adamw", repeats=7):
+        """A training step: forward, backward, optimizer, EMA."""
         for precision, compiled in self.variants():
-            self.train(name, config, batch, repeats, precision, compiled)
+            self.train(name, config, batch, optimizer, repeats, precision, compiled)
 
-    def train(self, name, config, batch, repeats, precision, compiled):
+    def train(self, name, config, batch, optimizer, repeats, precision, compiled):
         """One variant of `training`; its model is gone when the next one is made."""
         model = self.model(config, compiled)
         parameters = list(model.parameters())
         ema = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        optimizers = make_optimizers(model, optimizer, lr=1e-4)
         x, t, y = self.inputs(config, batch)
 
         def step():
@@ -101,8 +102,9 @@ class Bench:
                 loss = flow_matching_loss(model(x, t, y), x, torch.ones_like(x))
             loss.backward()
             torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             torch._foreach_lerp_(ema, parameters, 1e-3)
 
         how = f"{precision} {'compiled' if compiled else 'eager'}"
@@ -117,7 +119,7 @@ class Bench:
     def infer(self, name, config, batches, repeats, guided, precision, compiled):
         """One variant of `forward`; its model is gone when the next one is made."""
         model = self.model(config, compiled).eval()
-        freeze(model, precision)
+        freeze(model, precision, pack=not compiled)
         for batch in batches:
             x, t, y = self.inputs(config, batch)
             velocity = guide(model, y, 3.5)
@@ -171,14 +173,16 @@ class Bench:
         measure("+ both halves in a batch", guide(model, y, scale, (-1.0, 1.0)), 2 * steps, plain)
         ours = guide(model, y, scale)
         measure("+ guided in the interval", ours, steps + guided, plain)
-        if precision == "bf16":
-            freeze(model, precision)
-            measure("+ weights frozen", ours, steps + guided, plain)
         keep_memory()
         measure("+ freed memory kept", ours, steps + guided, plain)
         if self.compile_too:
+            freeze(model, precision, pack=False)
             model.compile_blocks()
-            measure("+ compiled", ours, steps + guided, plain)
+            measure("+ weights cast, compiled", ours, steps + guided, plain)
+            del model, ours
+            model = self.model(config, compiled=False).eval()
+        freeze(model, precision)
+        measure("+ weights cast, packed", guide(model, y, scale), steps + guided, plain)
 
     def memory(self, config=PRESETS["L"], batch=2):
         """Peak memory and seconds of training steps in fp32 that make activations again, each in new processes."""
@@ -355,7 +359,7 @@ def metrics(bench, count=10_000, width=2048):
 
 
 FIGURES = {
-    "Nano-train": lambda b: b.training("training step Nano (6+2 blocks of 256)", NANO_REFERENCE, 64),
+    "Nano-train": lambda b: b.training("training step Nano (6+2 blocks of 256), Muon", NANO_REFERENCE, 64, "muon"),
     "Nano-forward": lambda b: b.forward("forward Nano (6+2 blocks of 256)", NANO_REFERENCE, repeats=7),
     "L-forward": lambda b: b.forward("forward L/16 at 256", PRESETS["L"]),
     "XL-forward": lambda b: b.forward("forward XL/16 at 256", PRESETS["XL"]),

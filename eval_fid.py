@@ -42,6 +42,7 @@ import inception
 from data import DataError, center_crop, list_images, open_dataset, read_image
 from device import DeviceError, pick_device
 from download import DownloadError, cached_download
+from processes import place
 
 IS_SPLIT = 5000  # pictures per split of the Inception Score, as in ADM
 NEIGHBOUR = 3  # precision and recall measure to the 3rd nearest neighbour, as in ADM
@@ -514,8 +515,8 @@ def print_table(metrics):
 def main():
     """Checks both inputs, extracts features, and prints and writes the five numbers."""
     args = parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, local_rank, world = place()
+    device = pick_device(args.device, local_rank)
     # Full float32 on GPUs: with TF32 the inputs of a convolution lose all but 10 bits of their mantissa.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if world > 1:

@@ -77,6 +77,7 @@ def estimate(config, batch_size, world=1, micro_batch=None, precision="bf16", re
 
     gpu: a name in device.PEAKS, for the times. mfu: share of its peak that a run without --recompute reaches;
     repeated work comes on top. bandwidth: bytes/s between GPUs (default: NVLINK). eager: without torch.compile.
+    The optimizer is AdamW, with two averages per parameter; Muon has one.
     """
     with torch.device("meta"):
         model = sum(p.numel() for p in PixNerd(config).parameters())

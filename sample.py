@@ -39,6 +39,7 @@ from device import (DeviceError, autocast, available_memory, compiler_trouble, f
 from download import DownloadError, cached_download
 from flow import clean_from_velocity
 from model import count_flops
+from processes import place
 
 RELEASED = "https://huggingface.co/MCG-NJU/PixNerd-XL-P16-C2I/resolve/main/"
 RELEASED_FILES = {
@@ -48,9 +49,10 @@ RELEASED_FILES = {
 IMAGENET_CLASSES = (ASSETS / "imagenet_classes.txt").read_text().splitlines()
 SOLVERS = ("euler", "heun", "adams", "euler-maruyama")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-# FLOP from which --compile auto compiles. It saves about an eighth of the time and costs 10 to 20 s on a CPU: even at
-# two minutes, which is 20 TFLOP on two cores. Counted and not timed, so that the same command always does the same.
-COMPILE_PAYS = {"cpu": 20e12}
+# FLOP from which --compile auto compiles. In bf16 on a CPU it saves about an eighth of the time and costs 10 to 20 s:
+# even at two minutes, which is 20 TFLOP on two cores. In fp32 packed weights are faster, which the compiler cannot
+# read. Counted and not timed, so that the same command always does the same.
+COMPILE_PAYS = {("cpu", "bf16"): 20e12, ("cpu", "fp32"): float("inf")}
 
 
 class SampleError(ValueError):
@@ -81,7 +83,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=32, help="images computed at once")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     add("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the repeated blocks; auto: for "
-        "at least 20 TFLOP on a CPU, 20,000 on a GPU (an image of XL with 50 steps has 27)")  # fmt: skip
+        "at least 20 TFLOP in bf16 on a CPU, 20,000 on a GPU (an image of XL with 50 steps has 27)")  # fmt: skip
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", default="samples.png", help="one grid as .png, .jpg or .webp, or a folder for single pictures")
     add("--gif", help="also write an animation: x_t, and the clean image predicted from it, side by side")
@@ -182,8 +184,8 @@ def check_memory(config, images, grid, size, device):
 def pick_compile(args, config, images, size, device):
     """ "on" or "off" for --compile. DeviceError for "on" where nothing compiles."""
     evaluations = images * args.steps * len(args.solver) * (1 if args.cfg == 1 else 2)  # Heun's second ones aside
-    if args.compile == "off" or args.compile == "auto" and (
-            evaluations * count_flops(config, *size) < COMPILE_PAYS.get(device.type, 20e15)):  # fmt: skip
+    pays = evaluations * count_flops(config, *size) >= COMPILE_PAYS.get((device.type, args.precision), 20e15)
+    if args.compile == "off" or args.compile == "auto" and not pays:
         return "off"
     trouble = compiler_trouble()
     if trouble and args.compile == "on":
@@ -387,7 +389,7 @@ def main():
     if args.list_classes:
         names = IMAGENET_CLASSES if args.ckpt in RELEASED_FILES else find_model(args)[0].class_names
         return print(*(f"{i:4d} {name}" for i, name in enumerate(names)), sep="\n")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    rank, local_rank, world = place()
     if world > 1 and not args.npz:
         raise SampleError("several processes are for --npz: draw pictures without torchrun")
     check_output("--npz" if args.npz else "--out", args.npz or args.out)
@@ -395,7 +397,7 @@ def main():
         check_output("--gif", args.gif)
 
     keep_memory()
-    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(args.device, local_rank)
     model, trained_size = find_model(args)
     config, grid = model.config, model.config.token_grid(*trained_size)
     size = enlarge(config, trained_size, args.upscale)
@@ -415,7 +417,7 @@ def main():
     # A file's name says little about the weights in it; the output layer changes with every step of training.
     settings["model"] = hashlib.sha256(model.decoder.output.weight.numpy()).hexdigest()[:12]
 
-    freeze(model.to(device), args.precision)
+    freeze(model.to(device), args.precision, pack=args.compile == "off")
     if args.compile == "on":
         model.compile_blocks()
     if args.npz:

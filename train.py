@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import math
 import os
 import pathlib
@@ -30,30 +29,30 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import emoji_metric
-import eval_fid
-import inception
 from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
                         load_weights, save_run)  # fmt: skip
-from data import (BatchNumbers, DataError, from_uint8, keyed_generator, open_dataset, picture_grid, to_uint8,
-                  training_batches)  # fmt: skip
+from data import BatchNumbers, DataError, from_uint8, open_dataset, training_batches
 from device import (PEAKS, DeviceError, autocast, compiler_trouble, keep_memory, peak_flops, pick_device,
                     pick_precision)  # fmt: skip
 from dinov2 import TeacherError, load_dinov2
 from download import DownloadError
+from eval_fid import EvalError
 from flow import alignment_loss, flow_matching_loss, interpolate
+from inception import InceptionError
 from logs import Log, LogError, require
 from model import PRESETS, PixNerd
+from optimizers import make_optimizers
 from plan import MFU, Elsewhere, describe, epochs_to_steps, training_flops
-from samplers import adams, guide, time_grid
+from previews import evaluate, preview
+from processes import join, place
 
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
-PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256,
-             data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=16, steps=2400, lr=3e-3, schedule="cosine", warmup=20, ema=0.99, resolution=32, data="emoji",
-            log_every=100, preview_every=1000, save_every=1000)  # fmt: skip
+PAPER = dict(batch_size=256, steps=800_000, optimizer="adamw", lr=1e-4, schedule="constant", warmup=0, ema=0.9999,
+             resolution=256, data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
+NANO = dict(batch_size=64, steps=600, optimizer="muon", lr=6e-3, schedule="cosine", warmup=20, ema=0.99,
+            resolution=32, data="emoji", log_every=50, preview_every=200, save_every=200)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
-PREVIEWS_PER_CLASS, PREVIEW_STEPS, PREVIEW_CFG = 8, 20, 3.5
 
 
 class Student(nn.Module):
@@ -81,20 +80,25 @@ def parse_args(argv=None):
     """The command line. Flags that are left out take the recipe of the size: NANO, or PAPER for all others."""
     parser = argparse.ArgumentParser(description="Train PixNerd. Running the same command again resumes.")
     add = parser.add_argument
+
+    def recipe(name):
+        return f"(Nano: {NANO[name]}, others: {PAPER[name]})"
+
     add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
     add("--data", help="emoji, a folder of class folders, or an uncompressed tar of one (default: emoji for Nano)")
-    add("--resolution", type=int, help="side of the training images in pixels (Nano: 32, others: 256)")
-    add("--batch-size", type=int, help="images per step over all processes (Nano: 16, others: 256)")
+    add("--resolution", type=int, help="side of the training images in pixels " + recipe("resolution"))
+    add("--batch-size", type=int, help="images per step over all processes " + recipe("batch_size"))
     add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="train until this step (Nano: 2400, others: 800000)")
+    length.add_argument("--steps", type=int, help="train until this step " + recipe("steps"))
     length.add_argument("--epochs", type=float, help="instead: until every image was seen so many times")
-    add("--lr", type=float, help="learning rate (Nano: 3e-3, others: 1e-4)")
+    add("--lr", type=float, help="learning rate " + recipe("lr"))
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
     add("--warmup", type=int, help="steps over which the learning rate rises from 0")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the blocks " + recipe("optimizer"))
     add("--weight-decay", type=float, default=0.0)
     add("--clip", type=float, default=0.0, help="largest norm of the gradient (0: no limit, as in the paper)")
-    add("--ema", type=float, help="decay of the averaged weights per step (Nano: 0.99, others: 0.9999)")
+    add("--ema", type=float, help="decay of the averaged weights per step " + recipe("ema"))
     add("--drop-label", type=float, default=0.1, help="share of samples trained without their class, for guidance")
     add("--shift", type=float, default=1.0, help="time shift of the training times")
     add("--repa", type=float, default=0.0, help="weight of the alignment with DINOv2 (0: none; the paper: 0.5)")
@@ -190,32 +194,6 @@ def learning_rate(args, step):
     return args.lr * rise * fall
 
 
-def meeting_point(rank, world, limit):
-    """The key-value store through which the processes of this start find each other.
-
-    torchrun's own store outlives --max-restarts, and with it the addresses of the dead, which a fast rank would call
-    (torch 2.13). So rank 0 opens a new store at every start and leaves only its port in torchrun's. Its restart count
-    cannot tell the starts apart: each node counts its own failures.
-    """
-    shared = next(dist.rendezvous("env://", rank, world, timeout=limit))[0]
-    if not dist.is_torchelastic_launched():
-        return shared
-    address, deadline = os.environ["MASTER_ADDR"], time.monotonic() + limit.total_seconds()
-    if rank == 0:
-        store = dist.TCPStore(address, 0, world, True, limit, wait_for_workers=False)
-        shared.set("port of this start", str(store.port))
-        return store
-    while True:
-        try:  # a port that nobody answers belongs to the start before
-            port, patience = int(shared.get("port of this start")), min(limit, datetime.timedelta(seconds=5))
-            store = dist.TCPStore(address, port, world, False, patience)
-            store.set_timeout(limit)
-            return store
-        except dist.DistError:
-            if time.monotonic() > deadline:
-                raise
-
-
 def next_batch(batches, device):
     """The next batch of the loader, on the device."""
     try:
@@ -226,60 +204,13 @@ def next_batch(batches, device):
         raise
 
 
-def draw(ema, y, keys, device, precision):
-    """EMA samples of the classes y (list of B), the noise of each from its key: uint8 (B, 3, H, W)."""
-    size = (3, ema.config.resolution, ema.config.resolution)
-    noise = torch.stack([torch.randn(size, generator=keyed_generator(*key)) for key in keys])  # (B, 3, H, W)
-    y = torch.tensor(y, device=device)  # (B)
-    with torch.inference_mode(), autocast(device, precision):
-        return to_uint8(adams(guide(ema, y, PREVIEW_CFG), noise.to(device), time_grid(PREVIEW_STEPS))).cpu()
-
-
-def preview(ema, seed, device, precision):
-    """A grid of EMA samples, one row per class (at most 9), from the same noise every time."""
-    y = [i for i in range(min(ema.config.num_classes, 9)) for _ in range(PREVIEWS_PER_CLASS)]
-    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision)  # (B, 3, H, W)
-    return picture_grid(images, PREVIEWS_PER_CLASS)
-
-
-def evaluate(ema, args, device, rank, world):
-    """--eval-every: how good are --eval-num EMA samples? -> numbers for the metrics file. All ranks must call it.
-
-    Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
-    """
-    if args.eval_ref is None:
-        if rank > 0:
-            return {}
-        images = emoji_metric.draw_emoji(ema, args.eval_num, PREVIEW_STEPS, PREVIEW_CFG, args.seed)  # (N, 3, H, W)
-        return {"emoji_distance": emoji_metric.emoji_distance(images)}
-
-    def batches(size, rank, world):
-        for start in range(rank * size, args.eval_num, world * size):
-            indices = range(start, min(start + size, args.eval_num))
-            y, keys = [i % ema.config.num_classes for i in indices], [(args.seed, 5, i) for i in indices]
-            yield draw(ema, y, keys, device, args.precision)  # (B, 3, H, W)
-
-    network = inception.load_inception(args.inception).to(device)
-    reference = eval_fid.open_pictures(args.eval_ref, ema.config.resolution)
-    real = reference.stored
-    if "mu" not in real:
-        real = eval_fid.describe(reference, network, device, rank=rank, world=world)
-    size = (ema.config.resolution, ema.config.resolution)
-    samples = eval_fid.Pictures("EMA samples", args.eval_num, size, batches, {})
-    drawn = eval_fid.describe(samples, network, device, rank=rank, world=world)
-    probabilities = network.logits(drawn["features"].to(device)).softmax(1).cpu()
-    return {"fid": eval_fid.frechet_distance(real["mu"], real["sigma"], drawn["mu"], drawn["sigma"]),
-            "inception_score": eval_fid.inception_score(probabilities)}  # fmt: skip
-
-
 def main():
     """Reads the flags, prepares, and runs the training loop."""
     args = parse_args()
     keep_memory()
 
     # -- Processes. torchrun sets these variables; without it this is the only process.
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    rank, local_rank, world = place()
     device = pick_device(args.device, local_rank)
     args.precision = "bf16" if args.gpu and args.precision == "auto" else pick_precision(args.precision, device)
     say = print if rank == 0 else (lambda *_: None)
@@ -323,12 +254,7 @@ def main():
         if rank == 0 and getattr(args, package):
             require(package)
 
-    limit = datetime.timedelta(seconds=args.timeout)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit, rank=rank, world_size=world,
-                                store=meeting_point(rank, world, limit))  # fmt: skip
-    # Decisions that all ranks must share travel over the CPU, so that they never make a GPU wait.
-    control = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None
+    control = join(rank, world, device, args.timeout)  # the group for decisions that all ranks share
 
     # -- Model, its running average, the frozen teacher of --repa, and the optimizer.
     torch.manual_seed(args.seed)
@@ -340,11 +266,11 @@ def main():
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay)
 
     # -- Resume. What makes it another run is refused; what only changes its course (--lr, --steps) is not.
     identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
-        "seed", "batch_size", "drop_label", "shift", "augment", "repa", "repa_block")}  # fmt: skip
+        "seed", "optimizer", "batch_size", "drop_label", "shift", "augment", "repa", "repa_block")}  # fmt: skip
     step = 0
     # Rank 0 chooses among the checkpoints, so that all ranks take the same one even if another appears meanwhile.
     found = load_run(out, warn=say) if rank == 0 else None
@@ -362,7 +288,8 @@ def main():
         load_weights(ema, state["ema"], path)
         if student.projector:
             load_weights(student.projector, state["projector"], path)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step = state["step"]
         say(f"resuming {path} at step {step}")
         del state, found
@@ -390,18 +317,19 @@ def main():
         if rank == 0:
             save_run(out, {"format": FORMAT, "config": dataclasses.asdict(config), "class_names": dataset.classes,
                            "identity": identity, "fingerprint": dataset.fingerprint, "step": step,
-                           "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                           "model": model.state_dict(), "ema": ema.state_dict(),
+                           "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                            "projector": student.projector.state_dict() if student.projector else None},
                      args.keep)  # fmt: skip
         if world > 1:
             dist.barrier(group=control)
 
     # Kept on the device and read only at log steps, so that a GPU never waits for the CPU: sums of the loss by bins of
-    # t, and where a number first stopped being finite. From then on the fused optimizer skips every update ("found_inf"
-    # is its own switch, made for gradient scaling), so what is in memory and in the files stays sound.
+    # t, and where a number first stopped being finite. From then on the optimizers skip every update ("found_inf" is
+    # torch's own switch for it, made for gradient scaling), so what is in memory and in the files stays sound.
     bins = torch.zeros(2, TIME_BINS, device=device)
     first_bad = torch.zeros(2, dtype=torch.long, device=device)  # step (0: never), and `culprit` as below
-    optimizer.found_inf = torch.zeros((), device=device)
+    found_inf = torch.zeros((), device=device)
     norms, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
 
     settings = {name: value for name, value in vars(args).items() if name != "config"} | dataclasses.asdict(config)
@@ -418,7 +346,7 @@ def main():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     while step < args.steps:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(args, step)
 
         # One step, in micro-batches; gradients travel between the processes during the last one.
@@ -451,9 +379,11 @@ def main():
             dist.all_reduce(culprit, dist.ReduceOp.MAX)
         bad = (culprit > 0) | ~norm.isfinite()
         first_bad = torch.where(bad & (first_bad[0] == 0), torch.stack([bad * (step + 1), culprit]), first_bad)
-        optimizer.found_inf = (first_bad[0] > 0).float()
-        optimizer.step()
-        optimizer.zero_grad()
+        found_inf = (first_bad[0] > 0).float()
+        for optimizer in optimizers:
+            optimizer.found_inf = found_inf
+            optimizer.step()
+            optimizer.zero_grad()
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - args.ema)
         norms += norm
         step += 1
@@ -467,7 +397,7 @@ def main():
         saving = leaving or (args.save_every and step % args.save_every == 0)
 
         if saving or (args.log_every and step % args.log_every == 0):
-            if optimizer.found_inf.item():
+            if found_inf.item():
                 when, who = first_bad.tolist()
                 what = f"loss stopped being finite on rank {world - who}" if who else "gradient was not finite"
                 raise TrainingError(f"the {what} at step {when}; nothing after it was kept. "
@@ -520,7 +450,7 @@ if __name__ == "__main__":
             sys.exit(f"train.py: rank {os.environ.get('RANK', 0)} lost touch with another process: {line[0]}")
         # Mistakes and trouble with the machine get one line; anything else is a fault of ours, with its traceback.
         told = (CheckpointError, DataError, DeviceError, DownloadError, LogError, TeacherError, TrainingError,
-                OSError, eval_fid.EvalError, inception.InceptionError)  # fmt: skip
+                OSError, EvalError, InceptionError)  # fmt: skip
         if isinstance(error, told) or str(error).startswith("DataLoader worker"):
             sys.exit(f"train.py: {line[0]}")
         raise

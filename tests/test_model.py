@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from checkpoint import reference_names
+from device import PackedLinear, autocast, freeze
 from model import (PRESETS, Attention, PixNerd, PixNerdConfig, count_flops, patchify, rotary_table, rotate,
                    unpatchify)  # fmt: skip
 
@@ -184,8 +185,6 @@ def test_recomputing_the_field_keeps_an_eighth_of_its_activations_at_a_time():
 
 def test_frozen_weights_give_the_numbers_of_autocast_to_the_last_bit():
     """And nothing but linear layers is cast. Catches casting the norms, the class embedding or the encoding too."""
-    from device import autocast, freeze
-
     model = randomised(TINY)
     inputs = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
     with torch.inference_mode(), autocast(torch.device("cpu"), "bf16"):
@@ -197,6 +196,20 @@ def test_frozen_weights_give_the_numbers_of_autocast_to_the_last_bit():
     assert torch.equal(plain, frozen)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert all("norm" in name or name == "class_embed.weight" for name in kept) and "class_embed.weight" in kept
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_packed_weights_give_the_same_numbers(precision, tolerance):
+    """Large linear layers only: all of the transformer's and none of the field's first and last. 1e-5: order of sums."""
+    torch.manual_seed(0)
+    model = randomised(dataclasses.replace(TINY, hidden_size=512, num_heads=8))
+    inputs = torch.randn(3, 3, 16, 16), torch.rand(3), torch.tensor([0, 1, 2])
+    with torch.inference_mode(), autocast(torch.device("cpu"), precision):
+        plain = model(*inputs)
+        freeze(model, precision)
+        packed = model(*inputs)
+    assert isinstance(model.blocks[0].attn.qkv, PackedLinear) and not isinstance(model.decoder.embed, PackedLinear)
+    assert (packed - plain).norm() < tolerance * plain.norm()
 
 
 @pytest.mark.parametrize("change,message", [

@@ -93,7 +93,7 @@ def test_frozen_weights_draw_the_picture_of_autocast(ckpt, tmp_path, monkeypatch
     """Bit for bit, so nothing is lost by casting the weights once. Catches norms or embeddings cast along."""
     flags = ["--ckpt", ckpt, "--class", "all", "--num", 2, "--steps", 6, "--precision", "bf16"]
     draw(monkeypatch, *flags, "--out", tmp_path / "frozen.png")
-    monkeypatch.setattr(sample, "freeze", lambda model, precision: None)
+    monkeypatch.setattr(sample, "freeze", lambda model, precision, pack: None)
     draw(monkeypatch, *flags, "--out", tmp_path / "autocast.png")
     assert np.array_equal(pixels(tmp_path / "frozen.png"), pixels(tmp_path / "autocast.png"))
 
@@ -126,12 +126,14 @@ def test_compile_auto_counts_the_operations_of_the_run(monkeypatch):
     cpu = torch.device("cpu")
 
     def choice(config, images, *flags):
-        return sample.pick_compile(sample.parse_args(flags), config, images, (config.resolution,) * 2, cpu)
+        args = sample.parse_args(["--precision", "bf16", *flags])
+        return sample.pick_compile(args, config, images, (config.resolution,) * 2, cpu)
 
     assert choice(PRESETS["XL"], 1) == "on" and choice(PRESETS["XL"], 1, "--steps", "30") == "off"
     assert choice(PRESETS["XL"], 1, "--cfg", "1") == "off" and choice(PRESETS["XL"], 2, "--cfg", "1") == "on"
     assert choice(PRESETS["Nano"], 9 * 12) == "off" and choice(PRESETS["Nano"], 1, "--compile", "on") == "on"
     assert choice(PRESETS["XL"], 100, "--compile", "off") == "off"
+    assert choice(PRESETS["XL"], 100, "--precision", "fp32") == "off"  # packed weights are faster there
 
 
 def test_compile_on_without_a_compiler_is_one_line_and_auto_says_so(ckpt, tmp_path, monkeypatch, capsys):
@@ -140,7 +142,7 @@ def test_compile_on_without_a_compiler_is_one_line_and_auto_says_so(ckpt, tmp_pa
     assert complaint(monkeypatch, capsys, *flags, "--compile", "on") == "sample.py: --compile on: no g++ here"
     assert not (tmp_path / "x.png").exists()
     monkeypatch.setattr(sample, "compiler_trouble", lambda: "no g++ here")
-    monkeypatch.setattr(sample, "COMPILE_PAYS", {"cpu": 0})
+    monkeypatch.setattr(sample, "COMPILE_PAYS", {("cpu", precision): 0 for precision in ("fp32", "bf16")})
     draw(monkeypatch, *flags)
     assert "not compiling, which is slower but the same: no g++ here" in capsys.readouterr().out
 

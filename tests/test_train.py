@@ -26,9 +26,11 @@ from model import PixNerd
 from test_model import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
-# A model of a few thousand weights, in float32 and one thread, so that equal means equal to the last bit.
+# A small model in float32 and one thread, so that equal means equal to the last bit. AdamW, which takes a tenth of the
+# time of Muon for so few images; what is special about Muon has tests of its own.
 QUICK = ["--patch-size", "16", "--field-width", "8", "--field-depth", "1", "--batch-size", "4", "--precision", "fp32",
-         "--compile", "off", "--preview-every", "0", "--device", "cpu", "--schedule", "constant"]  # fmt: skip
+         "--compile", "off", "--preview-every", "0", "--device", "cpu", "--schedule", "constant",
+         "--optimizer", "adamw"]  # fmt: skip
 
 
 def command(out, *flags):
@@ -79,8 +81,9 @@ def assert_same_run(a, b):
     assert a["step"] == b["step"]
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part]), part
-    for index, moments in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][index][key]) for key, value in moments.items())
+    for ours, theirs in zip(a["optimizers"], b["optimizers"], strict=True):
+        for index, moments in ours["state"].items():
+            assert all(torch.equal(value, theirs["state"][index][key]) for key, value in moments.items())
 
 
 def refuses(out, *flags):
@@ -203,6 +206,18 @@ def test_row_2_killed_anywhere_resumes_exactly(uninterrupted, tmp_path):
     assert_same_run(last(out), last(uninterrupted))
 
 
+def test_row_20_resumes_exactly_with_muon_too(tmp_path):
+    """Its averages are in the checkpoint; and a run with the other optimizer is refused as another run."""
+    assert train(tmp_path / "whole", "--optimizer", "muon", "--steps", 4)[0] == 0
+    out = tmp_path / "parts"
+    for steps in (2, 4):
+        status, _, stderr = train(out, "--optimizer", "muon", "--steps", steps)
+        assert status == 0, stderr
+    assert len(last(out)["optimizers"]) == 2
+    assert_same_run(last(out), last(tmp_path / "whole"))
+    assert "optimizer" in refuses(out, "--steps", 6)
+
+
 def test_row_19_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path):
     """Workers to the bit; micro-batches add gradients in another order, so to rounding."""
     out = tmp_path / "workers"
@@ -234,10 +249,11 @@ def test_epochs_are_steps_that_resuming_does_not_change(folder, tmp_path):
     assert "--epochs: not allowed with argument --steps" in refuses(out, "--steps", 3, "--epochs", 1)
 
 
-def test_row_21_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_row_21_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path, optimizer):
     out = tmp_path / "run"
-    assert train(out, "--steps", 2)[0] == 0
-    message = refuses(out, "--steps", 9, "--lr", "1e38", "--log-every", 1)
+    assert train(out, "--optimizer", optimizer, "--steps", 2)[0] == 0
+    message = refuses(out, "--optimizer", optimizer, "--steps", 9, "--lr", "1e38", "--log-every", 1)
     assert "finite on rank 0 at step" in message
     assert last(out)["step"] == 2
     assert all(value.isfinite().all() for value in last(out)["model"].values())
@@ -310,12 +326,12 @@ def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
 
 
 def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
-    """Nano's shape, 80 steps of 16 images: measured 0.74 over the last 20 steps, from 1.58 in the first 20."""
-    status, _, stderr = train(tmp_path / "run", "--patch-size", 4, "--field-width", 16, "--field-depth", 2,
-                              "--batch-size", 16, "--steps", 80, "--log-every", 20)  # fmt: skip
+    """Nano with its own optimizer, 60 steps of 16 images: measured 0.49 over the last 15, from 1.48 in the first."""
+    status, _, stderr = train(tmp_path / "run", "--patch-size", 8, "--field-width", 32, "--field-depth", 2, "--optimizer",
+                              "muon", "--batch-size", 16, "--steps", 60, "--log-every", 15)  # fmt: skip
     assert status == 0, stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert 1.2 < losses[0] < 2.0 and losses[-1] < 0.85, losses
+    assert 1.2 < losses[0] < 2.0 and losses[-1] < 0.65, losses
 
 
 def test_evaluation_while_training_logs_the_emoji_distance_and_fid(tmp_path):

@@ -1,0 +1,63 @@
+"""What a run shows of itself while it trains: a grid of pictures, and --eval-every's numbers.
+
+All are drawn by the averaged weights (EMA), which are far ahead of the trained ones, from noise that is a function of
+the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look.
+Left out: previews on several GPUs; rank 0 draws them alone, the others wait.
+"""
+
+import torch
+
+import emoji_metric
+import eval_fid
+import inception
+from data import keyed_generator, picture_grid, to_uint8
+from device import autocast
+from samplers import adams, guide, time_grid
+
+PER_CLASS, STEPS, CFG = 8, 20, 3.5
+
+
+def draw(ema, y, keys, device, precision):
+    """EMA samples of the classes y (list of B), the noise of each from its key: uint8 (B, 3, H, W)."""
+    size = (3, ema.config.resolution, ema.config.resolution)
+    noise = torch.stack([torch.randn(size, generator=keyed_generator(*key)) for key in keys])  # (B, 3, H, W)
+    y = torch.tensor(y, device=device)  # (B)
+    with torch.inference_mode(), autocast(device, precision):
+        return to_uint8(adams(guide(ema, y, CFG), noise.to(device), time_grid(STEPS))).cpu()
+
+
+def preview(ema, seed, device, precision):
+    """A grid of EMA samples, one row per class (at most 9), from the same noise every time."""
+    y = [i for i in range(min(ema.config.num_classes, 9)) for _ in range(PER_CLASS)]
+    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision)  # (B, 3, H, W)
+    return picture_grid(images, PER_CLASS)
+
+
+def evaluate(ema, args, device, rank, world):
+    """--eval-every: how good are --eval-num EMA samples? -> numbers for the metrics file. All ranks must call it.
+
+    Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
+    """
+    if args.eval_ref is None:
+        if rank > 0:
+            return {}
+        images = emoji_metric.draw_emoji(ema, args.eval_num, STEPS, CFG, args.seed)  # (N, 3, H, W)
+        return {"emoji_distance": emoji_metric.emoji_distance(images)}
+
+    def batches(size, rank, world):
+        for start in range(rank * size, args.eval_num, world * size):
+            indices = range(start, min(start + size, args.eval_num))
+            y, keys = [i % ema.config.num_classes for i in indices], [(args.seed, 5, i) for i in indices]
+            yield draw(ema, y, keys, device, args.precision)  # (B, 3, H, W)
+
+    network = inception.load_inception(args.inception).to(device)
+    reference = eval_fid.open_pictures(args.eval_ref, ema.config.resolution)
+    real = reference.stored
+    if "mu" not in real:
+        real = eval_fid.describe(reference, network, device, rank=rank, world=world)
+    size = (ema.config.resolution, ema.config.resolution)
+    samples = eval_fid.Pictures("EMA samples", args.eval_num, size, batches, {})
+    drawn = eval_fid.describe(samples, network, device, rank=rank, world=world)
+    probabilities = network.logits(drawn["features"].to(device)).softmax(1).cpu()
+    return {"fid": eval_fid.frechet_distance(real["mu"], real["sigma"], drawn["mu"], drawn["sigma"]),
+            "inception_score": eval_fid.inception_score(probabilities)}  # fmt: skip
