@@ -200,7 +200,7 @@ def test_frozen_weights_give_the_numbers_of_autocast_to_the_last_bit():
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 1e-2)])
 def test_packed_weights_give_the_same_numbers(precision, tolerance):
-    """Large linear layers only: all of the transformer's and none of the field's first and last. 1e-5: order of sums."""
+    """Large linear layers only: the transformer's, not the field's first and last. 1e-5: the order of sums."""
     torch.manual_seed(0)
     model = randomised(dataclasses.replace(TINY, hidden_size=512, num_heads=8))
     inputs = torch.randn(3, 3, 16, 16), torch.rand(3), torch.tensor([0, 1, 2])
