@@ -1,8 +1,8 @@
 """Saving so that nothing is lost, loading so that nothing wrong gets in, and the released model's names.
 
 A checkpoint is one torch.save of a plain dict: "format", "config" (PixNerdConfig as a dict), "ema", and in training
-also "model", "optimizer", "step" and whatever train.py needs to go on. Only tensors, numbers, strings, lists and dicts,
-so that torch.load(weights_only=True) reads it and no file can run code.
+also "model", "optimizers", "step" and whatever train.py needs to go on. Only tensors, numbers, strings, lists and
+dicts, so that torch.load(weights_only=True) reads it and no file can run code.
 
     python checkpoint.py export runs/x/last.pt shared.pt [--half] [--reference]   # weights alone, for sharing
 

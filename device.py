@@ -68,7 +68,8 @@ class PackedLinear(torch.nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+        x = x.to(self.weight.dtype)  # (..., in): autocast does not know this product
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # (..., out)
 
 
 def freeze(model, precision, pack=True):
@@ -83,6 +84,7 @@ def freeze(model, precision, pack=True):
             if isinstance(child, torch.nn.Linear):
                 if precision == "bf16":
                     child.bfloat16()
+                # The field's own two layers are too small to gain, and of the first one the weight itself is read.
                 large = child.weight.numel() >= 2**18 and child.weight.device.type == "cpu"
                 if pack and large and torch.backends.mkldnn.is_available():
                     setattr(module, name, PackedLinear(child))

@@ -280,7 +280,8 @@ def main():
     if choice[0]:
         path, state = found or (choice[0], load_checkpoint(choice[0]))
         checked_config(state, path)
-        check_same(state["identity"], identity, path)
+        # Before there was Muon, a checkpoint named no optimizer and had the state of the one, not a list.
+        check_same({"optimizer": "adamw"} | state["identity"], identity, path)
         if state["fingerprint"] != dataset.fingerprint and not args.accept_changed_data:
             raise CheckpointError(f"{path}: the pictures in {args.data} are not those of the run so far; restore them, "
                                   "or give --accept-changed-data")  # fmt: skip
@@ -288,8 +289,9 @@ def main():
         load_weights(ema, state["ema"], path)
         if student.projector:
             load_weights(student.projector, state["projector"], path)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        saved = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
+        for optimizer, part in zip(optimizers, saved, strict=True):
+            optimizer.load_state_dict(part)
         step = state["step"]
         say(f"resuming {path} at step {step}")
         del state, found

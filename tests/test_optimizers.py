@@ -1,4 +1,4 @@
-"""The optimizer of the five-minute run, against torch.optim.Muon and against a singular value decomposition."""
+"""Muon against torch.optim.Muon and a singular value decomposition, and who trains which parameter."""
 
 import pytest
 import torch
