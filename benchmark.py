@@ -301,8 +301,11 @@ def plain_field(field, rgb, s, size):
 
 
 def loader(count=32, rounds=7):
-    """What one core loads: 500x375 JPEGs to training batches at 256, beside Pillow's decoding alone, and by parts."""
-    with tempfile.TemporaryDirectory() as root:
+    """What one core loads: 500x375 JPEGs to training batches at 256, beside Pillow's decoding alone, and by parts.
+
+    Once as in a first epoch, and once with crops that an earlier epoch kept (--cache-crops).
+    """
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as kept:
         os.mkdir(f"{root}/noise")
         paths = [f"{root}/noise/{i}.jpg" for i in range(count)]
         for i, path in enumerate(paths):  # noise of four sizes, about the 110 kB that ImageNet has
@@ -312,13 +315,20 @@ def loader(count=32, rounds=7):
             pixels = (sum(parts)[0] * 255).byte().permute(1, 2, 0).numpy()  # (375, 500, 3)
             Image.fromarray(pixels).save(path, quality=95)
         size = sum(os.path.getsize(path) for path in paths) / count / 1e3
-        dataset, pictures = open_dataset(root, 256), [Image.open(path) for path in paths]
+        pictures = [Image.open(path) for path in paths]
         [picture.load() for picture in pictures]
+
+        def load(dataset):
+            return list(training_batches(dataset, BatchNumbers(0, 1, count, count), 0, 0.1, 1.0, 0, False))
+
+        decoded, cached = open_dataset(root, 256), open_dataset(root, 256, crops=kept)
+        load(cached)  # each picture once
         what = {
             "decoding": lambda: [Image.open(path).load() for path in paths],
             "ADM's crop": lambda: [center_crop(picture, 256) for picture in pictures],
             "noise": lambda: [torch.randn(3, 256, 256, generator=keyed_generator(i)) for i in range(count)],
-            "all": lambda: list(training_batches(dataset, BatchNumbers(0, 1, count, count), 0, 0.1, 1.0, 0, False)),
+            "all": lambda: load(decoded),
+            "with kept crops": lambda: load(cached),
         }
         spent = {name: [] for name in what}
         threads = torch.get_num_threads()
@@ -330,9 +340,10 @@ def loader(count=32, rounds=7):
                 spent[name].append((time.process_time() - start) / count)
         torch.set_num_threads(threads)
     seconds = {name: statistics.median(times) for name, times in spent.items()}
-    whole = seconds.pop("all")
+    whole, again = seconds.pop("all"), seconds.pop("with kept crops")
     print(f"loader, one core, 500x375 JPEGs of {size:.0f} kB to 256: {1 / whole:.0f} images/s; Pillow's decoding "
           f"alone {1 / seconds['decoding']:.0f}; ratio {seconds['decoding'] / whole:.2f}")  # fmt: skip
+    print(f"with crops kept by an earlier epoch: {1 / again:.0f} images/s; ratio {seconds['decoding'] / again:.2f}")
     parts = ", ".join(f"{name} {1e3 * each:.2f}" for name, each in seconds.items())
     print(f"of {1e3 * whole:.2f} ms for an image: {parts}, the rest {1e3 * (whole - sum(seconds.values())):.2f}")
 

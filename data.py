@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from crop_cache import CropCache
 from download import cached_download
 from flow import sample_time
 from picture_index import DataError, index_pictures, pictures_below, tar_members
@@ -157,23 +158,32 @@ class ImageFolder:
     """A folder with one folder of pictures per class, like ImageNet's train/, or an uncompressed tar of one.
 
     Classes are the sorted folder names. How a tar is understood, and what `cache` and `write` do: picture_index.py.
+    crops: a folder that keeps the centre crops (crop_cache.py).
     """
 
-    def __init__(self, root, resolution, augment=False, cache=None, write=True):
+    def __init__(self, root, resolution, augment=False, cache=None, write=True, crops=None):
         self.index, self.resolution, self.augment = index_pictures(root, cache, write), resolution, augment
         self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
+        name = f"{os.path.abspath(root)} {self.fingerprint}"
+        self.crops = CropCache(crops, name, len(self), resolution) if crops else None
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i, generator=None):
+        augmented = self.augment and generator is not None
+        crops = None if augmented else self.crops
+        if crops:
+            stamp = self.index.stamp(i)  # before the picture is read: if it changes meanwhile, its crop is out of date
+            if (crop := crops.get(i, stamp)) is not None:
+                return crop, self.labels[i]  # (3, H, W)
         image = read_image(self.index.where(i), self.index.read(i))
-        if self.augment and generator is not None:
-            image = random_crop(image, self.resolution, generator)
-        else:
-            image = center_crop(image, self.resolution)
+        image = random_crop(image, self.resolution, generator) if augmented else center_crop(image, self.resolution)
         # Contiguous, since stacking a batch from rows of pixels would take longer than this copy.
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), self.labels[i]  # (3, H, W)
+        crop = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
+        if crops:
+            crops.put(i, stamp, crop)
+        return crop, self.labels[i]
 
 
 def list_images(folder):
@@ -184,16 +194,17 @@ def list_images(folder):
     return [pathlib.Path(folder, name) for name in sorted(names)]
 
 
-def open_dataset(spec, resolution, augment=False, cache=None, write=True):
+def open_dataset(spec, resolution, augment=False, cache=None, write=True, crops=None):
     """The data set that `--data` names: "emoji", a folder of class folders, or a tar of one. Raises DataError.
 
     It has len(), [i] -> (uint8 (3, resolution, resolution), class index), .classes (names), .labels and .fingerprint
     (a text that changes when pictures are added, removed or renamed). cache: the folder of the run, which keeps the
     list of the pictures for a quick start next time; write=False only reads what is there. None: neither.
+    crops: a folder that keeps the centre crops, so that each picture is decoded once; not for "emoji" (in memory).
     """
     if str(spec) == "emoji":
         return Emoji(resolution, augment)
-    return ImageFolder(spec, resolution, augment, cache, write)
+    return ImageFolder(spec, resolution, augment, cache, write, crops)
 
 
 # ---- the order of training -------------------------------------------------------------------------------------------

@@ -71,6 +71,13 @@ class PictureIndex:
             return f"{self.source}: {self.prefix}{self.name(i)}"
         return os.path.join(self.source, self.name(i))
 
+    def stamp(self, i):
+        """When the file that picture i is in was last changed, and its size: [ns, bytes]. None if it is gone."""
+        try:
+            return _stamp(os.stat(self.source if len(self.places) else self.where(i)))
+        except OSError:
+            return None
+
     def read(self, i):
         """The bytes of picture i of a tar; None for a folder, where `where(i)` is a path that anybody can open.
 

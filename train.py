@@ -107,6 +107,7 @@ def parse_args(argv=None):
     add("--init", help="start from the weights of this checkpoint, ours or released (fine-tuning)")
     add("--num-classes", type=int, help="refuse data with another number of classes (default: take what is there)")
     add("--augment", action="store_true", help="random crop and flip in place of the centre crop")
+    add("--cache-crops", help="a folder for the cropped pictures, so that each is decoded once (252 GB for ImageNet)")
     add("--patch-size", type=int, help="instead of the preset's")
     add("--decoder", choices=["field", "linear"], help="linear: the paper's baseline")
     add("--field-norm", choices=["none", "first", "both", "output"], help="which parts of the field are normalised")
@@ -157,6 +158,8 @@ def parse_args(argv=None):
         parser.error("--drop-label must lie in [0, 1], --ema in [0, 1) and --shift above 0")
     if not 0 < (1 if args.epochs is None else args.epochs) < math.inf:
         parser.error("--epochs must lie above 0")
+    if args.cache_crops and (args.augment or args.data == "emoji"):
+        parser.error("--cache-crops keeps centre crops of files: leave it out with --augment, and with --data emoji")
     args.mfu = MFU if args.mfu is None else args.mfu
     if not 0 < args.mfu <= 1 or not 0 < (1 if args.bandwidth is None else args.bandwidth) < math.inf:
         parser.error("--mfu must lie in (0, 1] and --bandwidth above 0")
@@ -225,7 +228,9 @@ def main():
         dataset = Elsewhere(args.num_classes)
         say(f"{args.data} is not here: assuming ImageNet's {len(dataset)} images and {len(dataset.classes)} classes")
     else:
-        dataset = open_dataset(args.data, args.resolution, args.augment, args.out, rank == 0 and not args.dry_run)
+        crops = None if args.dry_run else args.cache_crops
+        dataset = open_dataset(args.data, args.resolution, args.augment, args.out,
+                               write=rank == 0 and not args.dry_run, crops=crops)  # fmt: skip
     config = args.config
     if args.num_classes not in (None, len(dataset.classes)):
         raise DataError(f"{args.data} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")

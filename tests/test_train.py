@@ -243,6 +243,14 @@ def test_row_19_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path
         torch.testing.assert_close(last(out)["model"][key], value, atol=1e-4, rtol=1e-3)
 
 
+def test_kept_crops_change_nothing(folder, tmp_path):
+    for name, flags in (("plain", ()), ("kept", ("--cache-crops", folder.parent / "crops"))):
+        assert train(tmp_path / name, "--steps", 5, "--data", folder, *flags)[0] == 0
+    assert_same_run(last(tmp_path / "plain"), last(tmp_path / "kept"))
+    assert train(tmp_path / "dry", "--data", folder, "--cache-crops", tmp_path / "dry", "--dry-run")[0] == 0
+    assert not (tmp_path / "dry").exists()
+
+
 def test_resuming_a_finished_run_does_nothing(uninterrupted):
     before = (uninterrupted / "last.pt").stat().st_mtime_ns
     status, stdout, _ = train(uninterrupted, "--steps", 8, "--save-every", 3)
@@ -324,6 +332,8 @@ def test_impossible_flags_are_named(tmp_path):
     assert "needs --data" in refuses(out, "--size", "XL")
     assert "--device nonsense" in refuses(out, "--device", "nonsense")
     assert "32 or 64, not 48" in refuses(out, "--resolution", 48)
+    assert "--data emoji" in refuses(out, "--cache-crops", tmp_path)
+    assert "with --augment" in refuses(out, "--cache-crops", tmp_path, "--data", tmp_path, "--augment")
     assert not list(out.glob("*.pt"))
 
 
