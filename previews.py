@@ -1,7 +1,8 @@
 """What a run shows of itself while it trains: a grid of pictures, and --eval-every's numbers.
 
 All are drawn by the averaged weights (EMA), which are far ahead of the trained ones, from noise that is a function of
-the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look.
+the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look;
+the noise of a preview is a little smaller than that of training, since typical pictures show earlier what was learned.
 Left out: previews on several GPUs; rank 0 draws them alone, the others wait.
 """
 
@@ -14,22 +15,22 @@ from data import keyed_generator, picture_grid, to_uint8
 from device import autocast
 from samplers import adams, guide, time_grid
 
-PER_CLASS, STEPS, CFG = 8, 20, 3.5
+PER_CLASS, STEPS, CFG, TEMPERATURE = 8, 20, 3.5, 0.75
 
 
-def draw(ema, y, keys, device, precision):
+def draw(ema, y, keys, device, precision, temperature=1.0):
     """EMA samples of the classes y (list of B), the noise of each from its key: uint8 (B, 3, H, W)."""
     size = (3, ema.config.resolution, ema.config.resolution)
     noise = torch.stack([torch.randn(size, generator=keyed_generator(*key)) for key in keys])  # (B, 3, H, W)
     y = torch.tensor(y, device=device)  # (B)
     with torch.inference_mode(), autocast(device, precision):
-        return to_uint8(adams(guide(ema, y, CFG), noise.to(device), time_grid(STEPS))).cpu()
+        return to_uint8(adams(guide(ema, y, CFG), temperature * noise.to(device), time_grid(STEPS))).cpu()
 
 
 def preview(ema, seed, device, precision):
     """A grid of EMA samples, one row per class (at most 9), from the same noise every time."""
     y = [i for i in range(min(ema.config.num_classes, 9)) for _ in range(PER_CLASS)]
-    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision)  # (B, 3, H, W)
+    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision, TEMPERATURE)  # (B, 3, H, W)
     return picture_grid(images, PER_CLASS)
 
 

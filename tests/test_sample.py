@@ -26,7 +26,7 @@ from data import keyed_generator, to_uint8
 from device import compiler_trouble
 from download import DownloadError
 from flow import clean_from_velocity
-from model import PRESETS
+from model import PRESETS, PixNerd
 from sample import SampleError, find_classes
 from test_checkpoint import run_state
 from test_model import TINY
@@ -87,6 +87,20 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(ckpt, tmp_path, monke
     draw(monkeypatch, "--ckpt", ckpt, "--class", "b", "--num", 5, "--steps", 4, "--seed", 1,
          "--out", tmp_path / "other.png")  # fmt: skip
     assert not np.array_equal(pixels(tmp_path / "one.png"), pixels(tmp_path / "other.png"))
+
+
+def test_temperature_scales_the_noise_that_a_picture_grows_from(tmp_path, monkeypatch):
+    """An untrained model has velocity 0, so what it draws is what it started from."""
+    state = run_state(1)
+    untrained = PixNerd(TINY)
+    state["ema"] = untrained.state_dict()
+    save_checkpoint(tmp_path / "untrained.pt", state)
+    for temperature in (1, 0.25):
+        draw(monkeypatch, "--ckpt", tmp_path / "untrained.pt", "--class", "a", "--num", 1, "--steps", 2,
+             "--temperature", temperature, "--out", tmp_path / "one")  # fmt: skip
+        noise = torch.randn(3, 16, 16, generator=keyed_generator(0, 3, 0))
+        assert np.array_equal(pixels(tmp_path / "one" / "00000-a.png"),
+                              to_uint8(temperature * noise).permute(1, 2, 0))  # fmt: skip
 
 
 def test_frozen_weights_draw_the_picture_of_autocast(ckpt, tmp_path, monkeypatch):
@@ -459,7 +473,8 @@ def test_row_23_classes_by_index_and_name_and_their_mistakes():
 @pytest.mark.parametrize("flags,message", [
     (["--class", "nine"], "did you mean"), (["--class", "3"], "0 to 2"), (["--resolution", "18"], "multiples of 4"),
     (["--resolution", "big"], "not N or HEIGHTxWIDTH"), (["--resolution", "16x16x16"], "not N or HEIGHTxWIDTH"),
-    (["--num", "0"], "at least 1"), (["--shift", "0"], "above 0"), (["--solver", "euler,rk4"], "choose from euler"),
+    (["--num", "0"], "at least 1"), (["--shift", "0"], "above 0"),
+    (["--temperature", "0"], "above 0"), (["--solver", "euler,rk4"], "choose from euler"),
     (["--resolution", "400000", "--num", "64"], "GB are free"), (["--upscale", "9000", "--num", "64"], "GB are free"),
     (["--ckpt", "nowhere.pt"], "no checkpoint nowhere.pt"), (["--device", "nonsense"], "--device nonsense"),
     (["--upscale", "1.3"], "makes patches of 4 pixels 5.2x5.2: both sides must be whole, so use multiples of 1/4"),
