@@ -1,10 +1,9 @@
-"""AdamW, which the paper trains with, and Muon (`--optimizer muon`), which made the model in assets/.
+"""AdamW, which the paper trains with, and Muon, with which Nano learns the emoji (`--optimizer`).
 
 PixNerd can be understood without this file. AdamW divides each number of a gradient by its own typical size. Muon
 (Keller Jordan, 2024) looks at a weight matrix as a whole: of the averaged gradient M = U S V^T it keeps U V^T, so that
 directions of which the gradient has little are learned as fast as the few that dominate it. On the emoji that gives the
-same loss after 0.85 to 0.6 of the images (README, "Sizes"), at a cost per step that wants large batches: in a run of
-hours it pays, in five minutes it does not.
+same loss after 0.85 to 0.6 of the images (README, "Sizes"), at a cost per step that wants batches of 64 or more.
 torch.optim.Muon does the same one matrix at a time (a test compares the two); stacked by shape it takes 0.6 of the
 time on a CPU. Left out: sharing Muon's work between processes; each does all of it.
 """

@@ -42,7 +42,7 @@ class Cost:
     parameters: int  # trained ones: the model and, with --repa, the projector
     flops: float  # of training on one image: what MFU counts
     repeated: float  # FLOPs per image that --recompute does a second time, and that MFU does not count
-    weights: float  # bytes of weights, gradients, EMA and Adam's moments; the teacher's weights
+    weights: float  # bytes of weights, gradients, EMA and the optimizer's averages; the teacher's weights
     kept: float  # bytes of activations at the fullest moment
     checkpoint: float  # bytes of one file
     traffic: float  # bytes that one GPU sends per step, to add up the gradients
@@ -72,12 +72,12 @@ def training_flops(config, repa=False):
 
 
 def estimate(config, batch_size, world=1, micro_batch=None, precision="bf16", recompute="none", repa=False,
-             eager=False, gpu=None, mfu=MFU, bandwidth=None):  # fmt: skip
+             eager=False, gpu=None, mfu=MFU, bandwidth=None, optimizer="adamw"):  # fmt: skip
     """The Cost of training `config` with `batch_size` images per step over `world` processes.
 
     gpu: a name in device.PEAKS, for the times. mfu: share of its peak that a run without --recompute reaches;
     repeated work comes on top. bandwidth: bytes/s between GPUs (default: NVLINK). eager: without torch.compile.
-    The optimizer is AdamW, with two averages per parameter; Muon has one.
+    optimizer: "adamw" keeps two averages of each parameter, "muon" one of nearly all.
     """
     with torch.device("meta"):
         model = sum(p.numel() for p in PixNerd(config).parameters())
@@ -99,14 +99,15 @@ def estimate(config, batch_size, world=1, micro_batch=None, precision="bf16", re
 
     trunk = dataclasses.replace(config, decoder="linear")  # a hundredth of the field's work
     repeated = {"none": 0, "field": count_flops(config) - count_flops(trunk), "all": count_flops(config)}[recompute]
+    averages = {"adamw": 2, "muon": 1}[optimizer]
     cost = Cost(
         parameters=parameters,
         flops=training_flops(config, repa),
         repeated=repeated,
         # An average of the weights is kept of the model, not of the projector.
-        weights=4 * (5 * model + 4 * projector) + (4 * TEACHER_WEIGHTS if repa else 0),
+        weights=4 * ((3 + averages) * model + 4 * projector) + (4 * TEACHER_WEIGHTS if repa else 0),
         kept=kept,
-        checkpoint=4 * (4 * model + 3 * projector),  # all of that but the gradients
+        checkpoint=4 * ((2 + averages) * model + 3 * projector),  # all of that but the gradients
         traffic=4 * parameters * 2 * (world - 1) / world,  # a ring: every piece goes around twice, but for one hop
     )
     if gpu:
@@ -133,7 +134,8 @@ def epochs_to_steps(epochs, images, batch_size):
 def describe(args, config, images, world):
     """The text of --dry-run for train.py's arguments: what the run is and what it costs."""
     cost = estimate(config, args.batch_size, world, args.micro_batch, args.precision, args.recompute, bool(args.repa),
-                    args.compile == "off", args.gpu, args.mfu, args.bandwidth and args.bandwidth * 1e9)  # fmt: skip
+                    args.compile == "off", args.gpu, args.mfu, args.bandwidth and args.bandwidth * 1e9,
+                    args.optimizer)  # fmt: skip
     share = args.batch_size // world
     lines = [
         f"size {args.size}: {config}",
@@ -144,6 +146,7 @@ def describe(args, config, images, world):
         f"run                 {args.steps} steps, {args.steps * args.batch_size / images:.1f} epochs",
         f"processes           {world}, with {share} images each, {args.micro_batch or share} at a time",
         f"precision           {args.precision}",
+        f"optimizer           {args.optimizer}",
         "Estimates:",
         f"memory per process  {(cost.weights + cost.kept) / 1e9:.1f} GB; {cost.weights / 1e9:.1f} GB of it weights "
         f"and optimizer",

@@ -47,10 +47,10 @@ from previews import evaluate, preview
 from processes import join, place
 
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
-PAPER = dict(batch_size=256, steps=800_000, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, resolution=256,
-             data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=16, steps=2400, lr=3e-3, schedule="cosine", warmup=20, ema=0.99, resolution=32, data="emoji",
-            log_every=100, preview_every=1000, save_every=1000)  # fmt: skip
+PAPER = dict(batch_size=256, steps=800_000, optimizer="adamw", lr=1e-4, schedule="constant", warmup=0, ema=0.9999,
+             resolution=256, data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
+NANO = dict(batch_size=64, steps=1000, optimizer="muon", lr=6e-3, schedule="cosine", warmup=20, ema=0.99,
+            resolution=32, data="emoji", log_every=100, preview_every=500, save_every=500)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
 
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate " + recipe("lr"))
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
     add("--warmup", type=int, help="steps over which the learning rate rises from 0")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the matrices of the blocks")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the blocks " + recipe("optimizer"))
     add("--weight-decay", type=float, default=0.0)
     add("--clip", type=float, default=0.0, help="largest norm of the gradient (0: no limit, as in the paper)")
     add("--ema", type=float, help="decay of the averaged weights per step " + recipe("ema"))
@@ -109,6 +109,7 @@ def parse_args(argv=None):
     add("--augment", action="store_true", help="random crop and flip in place of the centre crop")
     add("--cache-crops", help="a folder for the cropped pictures, so that each is decoded once (252 GB for ImageNet)")
     add("--patch-size", type=int, help="instead of the preset's")
+    add("--hidden-size", type=int, help="width of the transformer")
     add("--decoder", choices=["field", "linear"], help="linear: the paper's baseline")
     add("--field-norm", choices=["none", "first", "both", "output"], help="which parts of the field are normalised")
     add("--field-width", type=int, help="Dp")
@@ -164,8 +165,8 @@ def parse_args(argv=None):
     if not 0 < args.mfu <= 1 or not 0 < (1 if args.bandwidth is None else args.bandwidth) < math.inf:
         parser.error("--mfu must lie in (0, 1] and --bandwidth above 0")
     args.out = args.out or f"runs/{args.size}"
-    choices = ("resolution", "patch_size", "decoder", "field_norm", "field_width", "field_depth", "encoding",
-               "num_freqs")  # fmt: skip
+    choices = ("resolution", "patch_size", "hidden_size", "decoder", "field_norm", "field_width", "field_depth",
+               "encoding", "num_freqs")  # fmt: skip
     chosen = {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
     try:
         args.config = dataclasses.replace(PRESETS[args.size], **chosen)
