@@ -5,9 +5,9 @@ every epoch. So the first epoch writes each crop to its place in a file, and the
 --augment that changes no number: a crop that was read is the crop that would have been made. 196,612 bytes a picture
 at 256 pixels, 252 GB for ImageNet: meant for a fast local disk, one file for all processes of a machine and all runs.
 
-Nothing is locked and nothing is synchronised. Each record starts with a checksum of its pixels, its number, and the size
-and time of change of the picture's file; a record that is missing, half-written, damaged or out of date fails it, and the
-picture is decoded again.
+Nothing is locked and nothing is synchronised. Each record starts with a checksum of its pixels, its number, and the
+size and time of change of the picture's file; a record that is missing, half-written, damaged or out of date fails it,
+and the picture is decoded again.
 Left out: sharing between machines, compression.
 """
 
@@ -53,7 +53,7 @@ class CropCache:
         return zlib.crc32(repr((i, stamp)).encode(), zlib.crc32(pixels)).to_bytes(HEADER, "little")
 
     def get(self, i, stamp):
-        """The crop of picture i, uint8 (3, resolution, resolution); None if none with this stamp is there, and sound."""
+        """The crop of picture i, uint8 (3, resolution, resolution); None unless it is there, sound, and of this stamp."""
         content = bytearray(self.record)
         with open(self.path, "rb", buffering=0) as file:  # for each crop: so workers share no position in it
             file.seek(i * self.record)

@@ -135,7 +135,7 @@ def test_compiled_sampling_draws_the_same_picture(ckpt, tmp_path, monkeypatch, p
 
 
 def test_compile_auto_counts_the_operations_of_the_run(monkeypatch):
-    """20 TFLOP on a CPU: one XL image of 50 steps, but no emoji sheet. The same command always decides the same."""
+    """200 TFLOP on a CPU: eight XL images of 50 steps, but no emoji sheet. The same command always decides the same."""
     monkeypatch.setattr(sample, "compiler_trouble", lambda: None)
     cpu = torch.device("cpu")
 
@@ -143,8 +143,9 @@ def test_compile_auto_counts_the_operations_of_the_run(monkeypatch):
         args = sample.parse_args(["--precision", "bf16", *flags])
         return sample.pick_compile(args, config, images, (config.resolution,) * 2, cpu)
 
-    assert choice(PRESETS["XL"], 1) == "on" and choice(PRESETS["XL"], 1, "--steps", "30") == "off"
-    assert choice(PRESETS["XL"], 1, "--cfg", "1") == "off" and choice(PRESETS["XL"], 2, "--cfg", "1") == "on"
+    assert choice(PRESETS["XL"], 8) == "on" and choice(PRESETS["XL"], 8, "--steps", "30") == "off"
+    assert choice(PRESETS["XL"], 8, "--cfg", "1") == "off" and choice(PRESETS["XL"], 16, "--cfg", "1") == "on"
+    assert choice(PRESETS["XL"], 1) == "off"
     assert choice(PRESETS["Nano"], 9 * 12) == "off" and choice(PRESETS["Nano"], 1, "--compile", "on") == "on"
     assert choice(PRESETS["XL"], 100, "--compile", "off") == "off"
     assert choice(PRESETS["XL"], 100, "--precision", "fp32") == "off"  # packed weights are faster there

@@ -28,8 +28,8 @@ from test_model import TINY
 ROOT = pathlib.Path(__file__).parent.parent
 # A small model in float32 and one thread, so that equal means equal to the last bit.
 QUICK = ["--patch-size", "16", "--field-width", "8", "--field-depth", "1", "--batch-size", "4", "--precision", "fp32",
-         "--compile", "off", "--preview-every", "0", "--device", "cpu", "--schedule", "constant", "--optimizer", "adamw",
-         "--lr", "3e-3"]  # fmt: skip
+         "--compile", "off", "--preview-every", "0", "--device", "cpu", "--schedule", "constant",
+         "--optimizer", "adamw", "--lr", "3e-3"]  # fmt: skip
 
 
 def command(out, *flags):
