@@ -53,7 +53,7 @@ class CropCache:
         return zlib.crc32(repr((i, stamp)).encode(), zlib.crc32(pixels)).to_bytes(HEADER, "little")
 
     def get(self, i, stamp):
-        """The crop of picture i, uint8 (3, resolution, resolution); None unless it is there, sound, and of this stamp."""
+        """The crop of picture i, uint8 (3, resolution, resolution); None unless there, sound, and of this stamp."""
         content = bytearray(self.record)
         with open(self.path, "rb", buffering=0) as file:  # for each crop: so workers share no position in it
             file.seek(i * self.record)

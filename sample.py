@@ -51,8 +51,8 @@ IMAGENET_CLASSES = (ASSETS / "imagenet_classes.txt").read_text().splitlines()
 SOLVERS = ("euler", "heun", "adams", "euler-maruyama")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # FLOP from which --compile auto compiles. On CPUs, packed weights (device.freeze) are faster in fp32 and nearly as fast
-# in bf16, where compiling saves a fiftieth of the time and costs 10 to 20 s: even at some eight images of XL, 200 TFLOP.
-# The compiler cannot read them, so it is one or the other. Counted and not timed: the same command does the same.
+# in bf16, where compiling saves a fiftieth of the time and costs 10 to 20 s: even at eight images of XL, 200 TFLOP. The
+# compiler cannot read them, so it is one or the other. Counted and not timed: the same command does the same.
 COMPILE_PAYS = {("cpu", "bf16"): 200e12, ("cpu", "fp32"): float("inf")}
 
 
