@@ -103,6 +103,15 @@ def test_temperature_scales_the_noise_that_a_picture_grows_from(tmp_path, monkey
                               to_uint8(temperature * noise).permute(1, 2, 0))  # fmt: skip
 
 
+def test_only_pictures_of_the_shipped_model_are_calmer_unless_asked():
+    def temperature(*flags):
+        return sample.parse_args(flags).temperature
+
+    assert temperature() == 1 and temperature("--ckpt", "x.pt") == 1
+    assert temperature("--ckpt", "emoji") == 0.8 and temperature("--ckpt", "emoji", "--temperature", "1") == 1
+    assert temperature("--ckpt", "emoji", "--npz", "x.npz") == 1  # to be measured
+
+
 def test_frozen_weights_draw_the_picture_of_autocast(ckpt, tmp_path, monkeypatch):
     """Bit for bit, so nothing is lost by casting the weights once. Catches norms or embeddings cast along."""
     flags = ["--ckpt", ckpt, "--class", "all", "--num", 2, "--steps", 6, "--precision", "bf16"]
