@@ -1,6 +1,6 @@
 """Cropped pictures kept in one file, so that a long run decodes each of them once (`--cache-crops FOLDER`).
 
-Of the time for a training sample, decoding the JPEG and ADM's crop take three quarters, and their result is the same in
+Of the time for a training sample, decoding the JPEG and ADM's crop take seven tenths, and their result is the same in
 every epoch. So the first epoch writes each crop to its place in a file, and the later ones read it. Without
 --augment that changes no number: a crop that was read is the crop that would have been made. 196,612 bytes a picture
 at 256 pixels, 252 GB for ImageNet: meant for a fast local disk, one file for all processes of a machine and all runs.
@@ -39,9 +39,7 @@ class CropCache:
         try:
             os.makedirs(folder, exist_ok=True)
             with open(self.path, "ab") as file:
-                file.truncate(
-                    needed
-                )  # grows with holes, which read as zeros; cuts nothing, the length is always this
+                file.truncate(needed)  # grows by a hole, which reads as zeros; a file that is there has this length
                 free = shutil.disk_usage(folder).free + 512 * os.fstat(file.fileno()).st_blocks
         except OSError as error:
             raise DataError(f"--cache-crops {folder} cannot be used ({error.strerror}): choose another folder")
@@ -71,6 +69,4 @@ class CropCache:
                 file.seek(i * self.record)
                 file.write(self._checksum(pixels, i, stamp) + pixels)
         except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be written ({error.strerror}): make room, or leave out --cache-crops"
-            )
+            raise DataError(f"{self.path} cannot be written ({error.strerror}): make room, or leave out --cache-crops")
