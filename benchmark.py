@@ -35,6 +35,8 @@ from samplers import guide, time_grid
 NANO_REFERENCE = PixNerdConfig(num_classes=9, resolution=32, patch_size=8, hidden_size=256, num_heads=4, depth=6,
                                field_depth=2, field_width=32)  # fmt: skip
 
+RECOMPUTE = ("none", "field", "all")  # train.py's choices
+
 
 class Bench:
     """The machine's two rates, and how to print a measurement as a share of them."""
@@ -183,13 +185,13 @@ class Bench:
         measure("+ weights cast, packed", guide(model, y, scale), steps + guided, plain)
 
     def memory(self, config=PRESETS["L"], batch=2):
-        """Peak memory and seconds of training steps in fp32 that make activations again, each in new processes."""
+        """Peak memory and seconds of training steps in fp32 that make activations again, in new processes."""
         for compiled in (False, True)[: 1 + self.compile_too]:
+            seconds = in_new_process(train_in_turns, config, batch, compiled)
             first = None
-            for recompute in ("none", "field", "all"):
-                found = {}
-                for look in (True, False):
-                    found |= in_new_process(train_and_look, config, batch, recompute, compiled, look)
+            for recompute in RECOMPUTE:
+                found = in_new_process(train_and_look, config, batch, recompute, compiled)
+                found["time", "s"] = seconds[recompute]
                 first = first or found
                 how = "compiled" if compiled else "eager"
                 print(f"training step fp32, {how}, batch {batch}, --recompute {recompute:5}: "
@@ -233,41 +235,53 @@ def peak_memory(reset=False):
         raise DeviceError(f"memory is measured by Linux's /proc, which is not to be had here ({error})")
 
 
-def train_and_look(config, batch, recompute, compiled, look, steps=3):
-    """{(what, unit): number} of a training step in fp32 on the CPU: forward pass, backward pass, AdamW and EMA.
-
-    With `look`, peaks: "whole" of the process over a step, "of the step" above what is there before and after it
-    (PyTorch, weights, gradients, AdamW's two moments, EMA). Freed memory then goes back to the system at once, so that
-    what is counted is what is in use, and the time would mean nothing. Without `look`, seconds.
-    """
-    keep_memory(not look)
+def trainer(config, batch, compiled):
+    """(model, step): a model and a function that trains it in fp32 on the CPU: forward, backward, AdamW and EMA."""
     torch.manual_seed(0)
     model = PixNerd(config)
-    model.recompute = recompute
     if compiled:
         model.compile_blocks()
+    parameters = list(model.parameters())
+    optimizer, ema = torch.optim.AdamW(parameters, fused=True), [p.detach().clone() for p in parameters]
     x, y = torch.randn(batch, 3, config.resolution, config.resolution), torch.zeros(batch, dtype=torch.long)
 
-    def forward_backward():
+    def step():
         flow_matching_loss(model(x, torch.full((batch,), 0.5), y), x, torch.ones_like(x)).backward()
+        optimizer.step()  # gradients add up, as over micro-batches
+        torch._foreach_lerp_(ema, parameters, 1e-3)
 
-    forward_backward()  # compiles
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    optimizer.step()
-    ema = [p.detach().clone() for p in parameters]
+    return model, step
+
+
+def train_and_look(config, batch, recompute, compiled):
+    """{(what, "GB"): peak memory of a training step}: "whole" of the process, "of the step" above what is held anyway.
+
+    That is what is there before and after it: PyTorch, weights, gradients, AdamW's two moments, EMA. Freed memory goes
+    back to the system at once, so that what is counted is what is in use.
+    """
+    keep_memory(False)
+    model, step = trainer(config, batch, compiled)
+    model.recompute = recompute
+    step()  # compiles; from now on gradients and moments are there
     peak_memory(reset=True)
     held = peak_memory()  # now
-    seconds = []
-    for _ in range(1 if look else steps):
-        start = time.perf_counter()
-        forward_backward()  # on top of the gradients that are there, as a second micro-batch
-        optimizer.step()
-        torch._foreach_lerp_(ema, parameters, 1e-3)
-        seconds.append(time.perf_counter() - start)
-    if not look:
-        return {("time", "s"): statistics.median(seconds)}
+    step()
     return {("whole", "GB"): peak_memory(), ("of the step", "GB"): peak_memory() - held}
+
+
+def train_in_turns(config, batch, compiled, rounds=6):
+    """{recompute: median of the seconds of a training step}, taken in turns, since the speed of machines drifts."""
+    keep_memory()
+    torch._dynamo.config.automatic_dynamic_shapes = False  # all and an eighth of the patches: compiled for each
+    model, step = trainer(config, batch, compiled)
+    seconds = {recompute: [] for recompute in RECOMPUTE}
+    for turn in range(rounds + 1):
+        for recompute in RECOMPUTE:
+            model.recompute = recompute
+            start = time.perf_counter()
+            step()
+            seconds[recompute] += [time.perf_counter() - start] if turn else []  # the first one compiles
+    return {recompute: statistics.median(values) for recompute, values in seconds.items()}
 
 
 @torch.inference_mode()
@@ -288,12 +302,12 @@ def forward_and_look(config, side, precision, repeats=3):
     return min(seconds), peak_memory()
 
 
-def plain_field(field, rgb, s, size):
+def plain_field(field, rgb, written, size):
     """The neural field written down as in the paper: each pixel's colour and encoding are joined, then embedded."""
     places = field.encode(*size).expand(len(rgb), -1, -1)  # (N, P2, E)
     z = field.embed(torch.cat([rgb, places], dim=-1))  # (N, P2, Dp)
-    for block in field.blocks:
-        z = block(z, s)  # (N, P2, Dp)
+    for block, numbers in zip(field.blocks, written):
+        z = block(z, numbers)  # (N, P2, Dp)
     return field.output(field.norm(z))  # (N, P2, C)
 
 

@@ -263,11 +263,14 @@ class PixNerd(nn.Module):
         else:
             s = F.silu(t_emb.unsqueeze(1) + h)  # (B, L, D): the class is not added again (released model)
             rgb = patchify(x, height, width).flatten(0, 1).transpose(1, 2)  # (B*L, P2, C)
-            # The field's activations are the largest of all. Made again, they would be there at once with all others,
-            # and nothing would be saved; made again for an eighth of the patches at a time, an eighth is there.
+            written = self.decoder.write(s.flatten(0, 1))  # field_depth x (B*L, 2*Dp*r*Dp): each patch's own MLP
+            # The activations of the pixels are the largest of all. Made again, they would be there at once with all
+            # others, and nothing would be saved; made again for an eighth of the patches at a time, an eighth is there.
+            # What the tokens wrote is kept: it took most of the field's arithmetic and is a small part of its memory.
             parts = 1 if self.recompute == "none" or not torch.is_grad_enabled() else 8
+            written = zip(*(numbers.chunk(parts) for numbers in written))  # parts x field_depth x (B*L/parts, ...)
             decoded = [self.run(self.decoder, "field", *part, (height, width))
-                       for part in zip(rgb.chunk(parts), s.flatten(0, 1).chunk(parts))]  # parts x (B*L/parts, P2, C)
+                       for part in zip(rgb.chunk(parts), written)]  # parts x (B*L/parts, P2, C)
             v = torch.cat(decoded).transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
         v = unpatchify(v, rows, height, width)  # (B, C, H, W)
         return v if features_at is None else (v, features)

@@ -81,9 +81,9 @@ class FieldBlock(nn.Module):
         self.norm = RMSNorm(field_width)
         self.to_weights = nn.Linear(hidden_size, 2 * self.width * self.inner)  # Eq. 9
 
-    def weights(self, s):
-        """The MLPs that the hidden states s (N, D) stand for: W1 (N, Dp, r*Dp) and W2 (N, r*Dp, Dp)."""
-        w1, w2 = self.to_weights(s).chunk(2, dim=-1)  # (N, Dp*r*Dp) each
+    def weights(self, written):
+        """The MLPs that `written` (N, 2*Dp*r*Dp) stands for: W1 (N, Dp, r*Dp) and W2 (N, r*Dp, Dp), normalised."""
+        w1, w2 = written.chunk(2, dim=-1)  # (N, Dp*r*Dp) each
         w1 = w1.unflatten(-1, (self.width, self.inner))  # (N, Dp, r*Dp)
         w2 = w2.unflatten(-1, (self.inner, self.width))  # (N, r*Dp, Dp)
         # Eq. 10: the weights feeding one output unit get L2 norm 1, so a token chooses directions and not
@@ -95,8 +95,8 @@ class FieldBlock(nn.Module):
             w2 = F.normalize(w2, dim=-2)  # (N, r*Dp, Dp)
         return w1, w2
 
-    def forward(self, z, s):
-        w1, w2 = self.weights(s)  # (N, Dp, r*Dp), (N, r*Dp, Dp)
+    def forward(self, z, written):
+        w1, w2 = self.weights(written)  # (N, Dp, r*Dp), (N, r*Dp, Dp)
         hidden = F.silu(torch.bmm(self.norm(z), w1))  # (N, P2, r*Dp)
         return z + torch.bmm(hidden, w2)  # (N, P2, Dp)
 
@@ -104,6 +104,7 @@ class FieldBlock(nn.Module):
 class NeuralField(nn.Module):
     """Decodes every patch, pixel by pixel, with MLPs written by its token (Eq. 9 to 12; released model).
 
+    Called in two steps, field(rgb, field.write(s)): the tokens write, then the MLPs draw.
     hidden_size D, patch_size P, field_width Dp (64), field_ratio r (2), field_depth blocks (L: 2, XL: 4).
     field_norm is one of FIELD_NORMS; "output", the paper's choice, normalises W1, W2 and the last features.
     """
@@ -132,8 +133,12 @@ class NeuralField(nn.Module):
             return self.trained_encoding  # (P2, E)
         return ENCODINGS[self.encoding](height, width, self.num_freqs).to(self.trained_encoding)  # (height*width, E)
 
-    def forward(self, rgb, s, size=None):
-        """rgb (N, P2, C): noisy pixels, row by row. s (N, D): SiLU of the hidden states. -> velocity (N, P2, C).
+    def write(self, s):
+        """The weights of all blocks, by the tokens: s (N, D), SiLU of hidden states -> field_depth x (N, 2*Dp*r*Dp)."""
+        return [block.to_weights(s) for block in self.blocks]  # Eq. 9
+
+    def forward(self, rgb, written, size=None):
+        """Draws the patches: rgb (N, P2, C), noisy pixels, row by row; `written` by `write` -> velocity (N, P2, C).
 
         `size` (height, width): the pixels of a patch, where it is not the trained P x P (then P2 = height*width).
         """
@@ -143,6 +148,6 @@ class NeuralField(nn.Module):
         colour_weight, place_weight = self.embed.weight.tensor_split([self.channels], dim=1)  # (Dp, C), (Dp, E)
         place = F.linear(self.encode(height, width), place_weight, self.embed.bias)  # (P2, Dp)
         z = F.linear(rgb, colour_weight) + place  # (N, P2, Dp)
-        for block in self.blocks:
-            z = block(z, s)  # (N, P2, Dp)
+        for block, numbers in zip(self.blocks, written):
+            z = block(z, numbers)  # (N, P2, Dp)
         return self.output(self.norm(z))  # (N, P2, C)

@@ -89,16 +89,20 @@ def estimate(config, batch_size, world=1, micro_batch=None, precision="bf16", re
     width = (2 if precision == "bf16" else 4) * (EAGER if eager else 1)
     Dp = config.field_width
     block = TRUNK * config.hidden_size * tokens * width
-    field = config.field_depth * (FIELD * config.patch_size**2 * Dp + WRITTEN * 2 * config.field_ratio * Dp**2)
-    field *= tokens * width * (config.decoder == "field")
-    # The peak is at the start of the backward pass, which begins with the field. Made again, an eighth of the field is
-    # there at a time (PixNerd.forward). With "all", of each block only the input stays, and one is there at a time.
-    kept = config.depth * block + (field if recompute == "none" else field / 8)
+    blocks = config.field_depth * (config.decoder == "field")
+    written = blocks * 2 * config.field_ratio * Dp**2 * tokens  # numbers
+    field = width * (blocks * FIELD * config.patch_size**2 * Dp * tokens + WRITTEN * written)
+    # The peak is at the start of the backward pass, which begins with the field. Made again, what the tokens wrote and
+    # an eighth of the rest are there at a time (PixNerd.forward). With "all", of each block only the input stays, and
+    # one is there at a time.
+    drawn_again = width * written + field / 8
+    kept = config.depth * block + (field if recompute == "none" else drawn_again)
     if recompute == "all":
-        kept = config.depth * config.hidden_size * tokens * width + max(block, field / 8)
+        kept = config.depth * config.hidden_size * tokens * width + max(block, drawn_again)
 
+    again = count_flops(config) - 2 * written / tokens * rows * columns * config.hidden_size  # writing is not repeated
     trunk = dataclasses.replace(config, decoder="linear")  # a hundredth of the field's work
-    repeated = {"none": 0, "field": count_flops(config) - count_flops(trunk), "all": count_flops(config)}[recompute]
+    repeated = {"none": 0, "field": again - count_flops(trunk), "all": again}[recompute]
     averages = {"adamw": 2, "muon": 1}[optimizer]
     cost = Cost(
         parameters=parameters,

@@ -144,7 +144,7 @@ def test_section_4_5_larger_patches_sample_the_same_field():
     x, t, y = torch.randn(1, 3, 28, 20), torch.tensor([0.4]), torch.tensor([2])
     v = model(x, t, y, grid=(4, 4))
     caught = {}
-    model.decoder.register_forward_pre_hook(lambda module, args: caught.update(s=args[1]))
+    model.decoder.register_forward_pre_hook(lambda module, args: caught.update(written=args[1]))
     small = torch.nn.functional.interpolate(x, (16, 16), mode="nearest")
     model(small, t, y)  # the trunk must see exactly this image
     places = model.decoder.encode(7, 5)
@@ -152,8 +152,8 @@ def test_section_4_5_larger_patches_sample_the_same_field():
         top, left = token // 4 * 7, token % 4 * 5
         for i, j in ((0, 0), (3, 1), (6, 4)):
             z = model.decoder.embed(torch.cat([x[0, :, top + i, left + j], places[i * 5 + j]]))[None, None]
-            for block in model.decoder.blocks:
-                z = block(z, caught["s"][token : token + 1])
+            for block, numbers in zip(model.decoder.blocks, caught["written"]):
+                z = block(z, numbers[token : token + 1])
             expected = model.decoder.output(model.decoder.norm(z))[0, 0]
             torch.testing.assert_close(v[0, :, top + i, left + j], expected, atol=1e-5, rtol=1e-4)
 
@@ -172,15 +172,20 @@ def test_recomputing_activations_changes_no_gradient(recompute):
 
 
 def test_recomputing_the_field_keeps_an_eighth_of_its_activations_at_a_time():
-    """The largest tensor that the field sees while gradients are wanted. Catches recomputing all of it at once."""
-    model, seen = randomised(TINY), []
+    """The largest tensor that the field sees while gradients are wanted. Catches recomputing all of it at once.
+
+    And recomputing the products in which the tokens write the field's weights, which take most of its time.
+    """
+    model, seen, written = randomised(TINY), [], []
     model.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    model.decoder.blocks[0].to_weights.register_forward_pre_hook(lambda module, args: written.append(len(args[0])))
     for recompute in ("none", "field"):
         model.recompute = recompute
         model(torch.ones(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])).sum().backward()
     with torch.inference_mode():
         model(torch.ones(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1]))
     assert seen == [32] + 16 * [4] + [32]  # each part is seen forward and again backward
+    assert written == 3 * [32]
 
 
 def test_frozen_weights_give_the_numbers_of_autocast_to_the_last_bit():

@@ -92,7 +92,7 @@ def test_eq_8_to_11_field_equals_a_loop_over_patches_and_pixels(field_norm, enco
                 z = z + out
             z = rms(z, field.norm.weight) if field_norm == "output" else z
             expected[n, pixel] = field.output(z)  # Eq. 11
-    torch.testing.assert_close(field(rgb, s), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(field(rgb, field.write(s)), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_eq_10_every_generated_weight_row_has_unit_norm():
@@ -101,21 +101,21 @@ def test_eq_10_every_generated_weight_row_has_unit_norm():
         torch.manual_seed(0)
         block = FieldBlock(12, 4, 2, field_norm)
         for magnitude in (1e-2, 1.0, 1e3):
-            for w, normed in zip(block.weights(magnitude * torch.randn(5, 12)), expect):
+            for w, normed in zip(block.weights(magnitude * torch.randn(5, 2 * 4 * 8)), expect):
                 norms = w.norm(dim=1)  # over the inputs of each output unit
                 assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5) == normed, (field_norm, magnitude)
 
 
 def test_eq_10_unnormalised_weights_are_the_linear_layers_own():
     block = FieldBlock(12, 4, 2, "none")
-    s = torch.randn(5, 12)
-    torch.testing.assert_close(torch.cat([w.flatten(1) for w in block.weights(s)], 1), block.to_weights(s))
+    written = block.to_weights(torch.randn(5, 12))
+    torch.testing.assert_close(torch.cat([w.flatten(1) for w in block.weights(written)], 1), written)
 
 
 def test_eq_11_untrained_field_predicts_zero():
     """The mean of the target: the first loss of any run is the variance of the data plus that of the noise."""
     field = NeuralField(12, 3, 4)
-    assert field(torch.randn(2, 9, 3), torch.randn(2, 12)).count_nonzero() == 0
+    assert field(torch.randn(2, 9, 3), field.write(torch.randn(2, 12))).count_nonzero() == 0
 
 
 def test_rms_norm_works_in_float32_and_gives_back_the_input_type():

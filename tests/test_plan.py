@@ -107,7 +107,7 @@ def test_memory_falls_with_micro_batch_and_recompute():
     kept, seconds = plain.kept, plain.seconds
     for recompute in ("field", "all"):  # what is done twice takes time but is no useful work
         again = estimate(xl, 256, world=8, recompute=recompute, gpu="a100")
-        assert again.kept < 0.7 * kept and again.seconds > seconds and again.flops == plain.flops
+        assert again.kept < 0.75 * kept and again.seconds > seconds and again.flops == plain.flops
         kept, seconds = again.kept, again.seconds
 
 
