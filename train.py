@@ -49,7 +49,7 @@ from processes import join, place
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
 PAPER = dict(batch_size=256, steps=800_000, optimizer="adamw", lr=1e-4, schedule="constant", warmup=0, ema=0.9999,
              resolution=256, data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=64, steps=1100, optimizer="muon", lr=6e-3, schedule="cosine", warmup=20, ema=0.99,
+NANO = dict(batch_size=64, steps=1450, optimizer="muon", lr=1e-2, schedule="cosine", warmup=20, ema=0.99,
             resolution=32, data="emoji", log_every=100, preview_every=500, save_every=500)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
@@ -110,9 +110,11 @@ def parse_args(argv=None):
     add("--cache-crops", help="a folder for the cropped pictures, so that each is decoded once (252 GB for ImageNet)")
     add("--patch-size", type=int, help="instead of the preset's")
     add("--hidden-size", type=int, help="width of the transformer")
+    add("--depth", type=int, help="blocks of the transformer")
     add("--decoder", choices=["field", "linear"], help="linear: the paper's baseline")
     add("--field-norm", choices=["none", "first", "both", "output"], help="which parts of the field are normalised")
     add("--field-width", type=int, help="Dp")
+    add("--field-ratio", type=int, help="hidden width of the field's MLPs, as a multiple of Dp")
     add("--field-depth", type=int, help="blocks of the neural field")
     add("--num-freqs", type=int, help="frequencies per axis of the encoding")
     add("--encoding", choices=["dct", "sincos"], help="of a pixel's place in its patch (Eq. 12 or 7)")
@@ -165,8 +167,8 @@ def parse_args(argv=None):
     if not 0 < args.mfu <= 1 or not 0 < (1 if args.bandwidth is None else args.bandwidth) < math.inf:
         parser.error("--mfu must lie in (0, 1] and --bandwidth above 0")
     args.out = args.out or f"runs/{args.size}"
-    choices = ("resolution", "patch_size", "hidden_size", "decoder", "field_norm", "field_width", "field_depth",
-               "encoding", "num_freqs")  # fmt: skip
+    choices = ("resolution", "patch_size", "hidden_size", "depth", "decoder", "field_norm", "field_width",
+               "field_ratio", "field_depth", "encoding", "num_freqs")  # fmt: skip
     chosen = {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
     try:
         args.config = dataclasses.replace(PRESETS[args.size], **chosen)

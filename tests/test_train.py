@@ -1,6 +1,7 @@
 """The training loop as a user starts it: it learns, it resumes exactly, and mistakes get one line."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -111,14 +112,8 @@ def test_one_batch_is_overfitted():
     torch.manual_seed(0)
     x = from_uint8(torch.stack([open_dataset("emoji", 32)[200 * i][0] for i in range(8)]))
     noise, t, y = torch.randn_like(x), sample_time(8), torch.arange(8) % 3
-    model = PixNerd(
-        TINY.__class__(
-            **(
-                TINY.__dict__
-                | {"hidden_size": 64, "num_heads": 4, "resolution": 32, "patch_size": 8, "field_width": 16}
-            )
-        )
-    )
+    model = PixNerd(dataclasses.replace(TINY, hidden_size=64, num_heads=4, resolution=32, patch_size=8,
+                                        field_width=16))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(250):
@@ -133,6 +128,7 @@ def test_one_batch_is_overfitted():
 
 @pytest.mark.parametrize("choice", [["--field-norm", "none"], ["--field-norm", "first"], ["--field-norm", "both"],
                                     ["--encoding", "sincos"], ["--decoder", "linear"], ["--field-depth", "3"],
+                                    ["--field-ratio", "3"], ["--depth", "2"],
                                     ["--recompute", "all"], ["--augment"]], ids="=".join)  # fmt: skip
 def test_each_of_the_papers_choices_trains_and_samples(tmp_path, monkeypatch, choice):
     out = tmp_path / "run"
@@ -350,9 +346,9 @@ def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
 
 
 def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
-    """Nano's shape and recipe, 60 steps of 16 images: measured 0.50 over the last 15, from 1.47 in the first."""
+    """Nano's shape and recipe, 60 steps of 16 images: measured 0.52 over the last 15, from 1.43 in the first."""
     status, _, stderr = train(tmp_path / "run", "--patch-size", 8, "--field-width", 32, "--field-depth", 2,
-                              "--optimizer", "muon", "--lr", 6e-3, "--batch-size", 16, "--steps", 60,
+                              "--optimizer", "muon", "--lr", 1e-2, "--batch-size", 16, "--steps", 60,
                               "--log-every", 15)  # fmt: skip
     assert status == 0, stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
