@@ -302,12 +302,12 @@ def forward_and_look(config, side, precision, repeats=3):
     return min(seconds), peak_memory()
 
 
-def plain_field(field, rgb, written, size):
+def plain_field(field, rgb, s, size):
     """The neural field written down as in the paper: each pixel's colour and encoding are joined, then embedded."""
     places = field.encode(*size).expand(len(rgb), -1, -1)  # (N, P2, E)
     z = field.embed(torch.cat([rgb, places], dim=-1))  # (N, P2, Dp)
-    for block, numbers in zip(field.blocks, written):
-        z = block(z, numbers)  # (N, P2, Dp)
+    for block in field.blocks:
+        z = block(z, block.to_weights(s))  # (N, P2, Dp)
     return field.output(field.norm(z))  # (N, P2, C)
 
 

@@ -251,9 +251,13 @@ class PixNerd(nn.Module):
         c = F.silu(t_emb + self.class_embed(y)).unsqueeze(1)  # (B, 1, D)
         rope = rotary_table(rows, columns, self.config.hidden_size // self.config.num_heads, x.device)  # (2, L, Dh/2)
 
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         features = None
         for number, block in enumerate(self.blocks, start=1):
-            h = self.run(block, "all", h, c, rope)  # (B, L, D)
+            if recompute == "all":
+                h = checkpoint(block, h, c, rope, use_reentrant=False)  # (B, L, D)
+            else:
+                h = block(h, c, rope)  # (B, L, D)
             features = h if number == features_at else features  # (B, L, D)
 
         if self.config.decoder == "linear":
@@ -261,25 +265,20 @@ class PixNerd(nn.Module):
                 raise ValueError("a linear decoder has one patch size; another density needs decoder='field'")
             v = self.decoder(h, c).unflatten(-1, (C, P * P))  # (B, L, C, P2)
         else:
-            s = F.silu(t_emb.unsqueeze(1) + h)  # (B, L, D): the class is not added again (released model)
+            s = F.silu(t_emb.unsqueeze(1) + h).flatten(0, 1)  # (B*L, D): the class is not added again (released model)
             rgb = patchify(x, height, width).flatten(0, 1).transpose(1, 2)  # (B*L, P2, C)
-            written = self.decoder.write(s.flatten(0, 1))  # field_depth x (B*L, 2*Dp*r*Dp): each patch's own MLP
-            # The activations of the pixels are the largest of all. Made again, they would be there at once with all
-            # others, and nothing would be saved; made again for an eighth of the patches at a time, an eighth is there.
-            # What the tokens wrote is kept: it took most of the field's arithmetic and is a small part of its memory.
-            parts = 1 if self.recompute == "none" or not torch.is_grad_enabled() else 8
-            written = zip(*(numbers.chunk(parts) for numbers in written))  # parts x field_depth x (B*L/parts, ...)
-            decoded = [self.run(self.decoder, "field", *part, (height, width))
-                       for part in zip(rgb.chunk(parts), written)]  # parts x (B*L/parts, P2, C)
-            v = torch.cat(decoded).transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
+            if recompute == "none":
+                v = self.decoder(rgb, s, (height, width))  # (B*L, P2, C)
+            else:
+                # The activations of the pixels are the largest of all. Made again, they would be there at once with all
+                # others, and nothing would be saved; for an eighth of the patches at a time, an eighth is there. What
+                # the tokens wrote is kept: it takes most of the field's arithmetic and a small part of its memory.
+                written = [block.to_weights(s).chunk(8) for block in self.decoder.blocks]  # 8 x (B*L/8, 2*Dp*r*Dp) each
+                v = torch.cat([checkpoint(self.decoder, part, None, (height, width), mlps, use_reentrant=False)
+                               for part, mlps in zip(rgb.chunk(8), zip(*written))])  # (B*L, P2, C)
+            v = v.transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
         v = unpatchify(v, rows, height, width)  # (B, C, H, W)
         return v if features_at is None else (v, features)
-
-    def run(self, module, kind, *inputs):
-        """module(*inputs), its activations kept or made again later as `self.recompute` says."""
-        if torch.is_grad_enabled() and self.recompute in (kind, "all"):
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
 
     def compile_blocks(self):
         """Compiles each repeated block once, not the whole model: seconds instead of minutes, nearly the same speed."""

@@ -103,8 +103,6 @@ class FieldBlock(nn.Module):
 
 class NeuralField(nn.Module):
     """Decodes every patch, pixel by pixel, with MLPs written by its token (Eq. 9 to 12; released model).
-
-    Called in two steps, field(rgb, field.write(s)): the tokens write, then the MLPs draw.
     hidden_size D, patch_size P, field_width Dp (64), field_ratio r (2), field_depth blocks (L: 2, XL: 4).
     field_norm is one of FIELD_NORMS; "output", the paper's choice, normalises W1, W2 and the last features.
     """
@@ -133,14 +131,11 @@ class NeuralField(nn.Module):
             return self.trained_encoding  # (P2, E)
         return ENCODINGS[self.encoding](height, width, self.num_freqs).to(self.trained_encoding)  # (height*width, E)
 
-    def write(self, s):
-        """The weights of all blocks, by the tokens: s (N, D), SiLU of hidden states -> field_depth x (N, 2*Dp*r*Dp)."""
-        return [block.to_weights(s) for block in self.blocks]  # Eq. 9
-
-    def forward(self, rgb, written, size=None):
-        """Draws the patches: rgb (N, P2, C), noisy pixels, row by row; `written` by `write` -> velocity (N, P2, C).
+    def forward(self, rgb, s, size=None, written=None):
+        """rgb (N, P2, C): noisy pixels, row by row. s (N, D): SiLU of the hidden states. -> velocity (N, P2, C).
 
         `size` (height, width): the pixels of a patch, where it is not the trained P x P (then P2 = height*width).
+        `written`: to_weights(s) of each block, where that is at hand; s is then not used.
         """
         height, width = size or (self.patch_size, self.patch_size)
         # The input of a pixel is [colour, encoding]. Only the colour differs between patches, so the encoding's
@@ -148,6 +143,7 @@ class NeuralField(nn.Module):
         colour_weight, place_weight = self.embed.weight.tensor_split([self.channels], dim=1)  # (Dp, C), (Dp, E)
         place = F.linear(self.encode(height, width), place_weight, self.embed.bias)  # (P2, Dp)
         z = F.linear(rgb, colour_weight) + place  # (N, P2, Dp)
-        for block, numbers in zip(self.blocks, written):
-            z = block(z, numbers)  # (N, P2, Dp)
+        for number, block in enumerate(self.blocks):
+            mlps = written[number] if written else block.to_weights(s)  # (N, 2*Dp*r*Dp), Eq. 9
+            z = block(z, mlps)  # (N, P2, Dp)
         return self.output(self.norm(z))  # (N, P2, C)

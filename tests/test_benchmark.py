@@ -57,8 +57,8 @@ def test_a_small_figure_prints_seconds_and_shares_that_fit(monkeypatch, capsys):
 def test_the_plain_field_is_the_same_function():
     """What `image` compares with must do the same work. Catches an encoding joined on the wrong side."""
     model = randomised(TINY)
-    rgb, written = torch.randn(6, 16, 3), model.decoder.write(torch.randn(6, 32))
-    torch.testing.assert_close(benchmark.plain_field(model.decoder, rgb, written, (4, 4)), model.decoder(rgb, written),
+    rgb, s = torch.randn(6, 16, 3), torch.randn(6, 32)
+    torch.testing.assert_close(benchmark.plain_field(model.decoder, rgb, s, (4, 4)), model.decoder(rgb, s),
                                atol=1e-5, rtol=1e-4)  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_eq_8_to_11_field_equals_a_loop_over_patches_and_pixels(field_norm, enco
                 z = z + out
             z = rms(z, field.norm.weight) if field_norm == "output" else z
             expected[n, pixel] = field.output(z)  # Eq. 11
-    torch.testing.assert_close(field(rgb, field.write(s)), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(field(rgb, s), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_eq_10_every_generated_weight_row_has_unit_norm():
@@ -115,7 +115,7 @@ def test_eq_10_unnormalised_weights_are_the_linear_layers_own():
 def test_eq_11_untrained_field_predicts_zero():
     """The mean of the target: the first loss of any run is the variance of the data plus that of the noise."""
     field = NeuralField(12, 3, 4)
-    assert field(torch.randn(2, 9, 3), field.write(torch.randn(2, 12))).count_nonzero() == 0
+    assert field(torch.randn(2, 9, 3), torch.randn(2, 12)).count_nonzero() == 0
 
 
 def test_rms_norm_works_in_float32_and_gives_back_the_input_type():
