@@ -49,7 +49,7 @@ from processes import join, place
 # The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
 PAPER = dict(batch_size=256, steps=800_000, optimizer="adamw", lr=1e-4, schedule="constant", warmup=0, ema=0.9999,
              resolution=256, data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=64, steps=1250, optimizer="muon", lr=1e-2, schedule="cosine", warmup=20, ema=0.99,
+NANO = dict(batch_size=64, steps=1450, optimizer="muon", lr=1e-2, schedule="cosine", warmup=20, ema=0.99,
             resolution=32, data="emoji", log_every=100, preview_every=500, save_every=500)  # fmt: skip
 TIME_BINS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
