@@ -28,14 +28,12 @@ from data import BatchNumbers, center_crop, keyed_generator, open_dataset, train
 from device import (DeviceError, autocast, compiler_trouble, freeze, keep_memory, matmul_rate, pick_device,
                     pick_precision, synchronize)  # fmt: skip
 from flow import flow_matching_loss
-from model import PRESETS, PixNerd, PixNerdConfig, count_flops
+from model import PRESETS, RECOMPUTE, PixNerd, PixNerdConfig, count_flops
 from samplers import guide, time_grid
 
 # The shape in which other implementations state their speed: 47 GFLOP a step at batch 64.
 NANO_REFERENCE = PixNerdConfig(num_classes=9, resolution=32, patch_size=8, hidden_size=256, num_heads=4, depth=6,
                                field_depth=2, field_width=32)  # fmt: skip
-
-RECOMPUTE = ("none", "field", "all")  # train.py's choices
 
 
 class Bench:
@@ -280,7 +278,8 @@ def train_in_turns(config, batch, compiled, rounds=6):
             model.recompute = recompute
             start = time.perf_counter()
             step()
-            seconds[recompute] += [time.perf_counter() - start] if turn else []  # the first one compiles
+            if turn:  # the first one compiles
+                seconds[recompute].append(time.perf_counter() - start)
     return {recompute: statistics.median(values) for recompute, values in seconds.items()}
 
 

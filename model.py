@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from neural_field import ENCODINGS, FIELD_NORMS, NeuralField, RMSNorm
 
+RECOMPUTE = ("none", "field", "all")  # whose activations are made again in the backward pass (PixNerd.recompute)
+
 
 @dataclasses.dataclass(frozen=True)
 class PixNerdConfig:
@@ -216,7 +218,7 @@ class PixNerd(nn.Module):
                                        config.num_freqs, config.encoding, config.field_norm)  # fmt: skip
         else:
             self.decoder = LinearDecoder(D, P)
-        # "none", "field" or "all": whose activations are thrown away after the forward pass and made again in the
+        # One of RECOMPUTE: whose activations are thrown away after the forward pass and made again in the
         # backward pass. Less memory for more arithmetic; the numbers stay the same but for the order of some sums.
         self.recompute = "none"
         self.class_names = None  # a list of num_classes names, where a checkpoint brings one; only for people
@@ -274,8 +276,9 @@ class PixNerd(nn.Module):
                 # others, and nothing would be saved; for an eighth of the patches at a time, an eighth is there. What
                 # the tokens wrote is kept: it takes most of the field's arithmetic and a small part of its memory.
                 written = [block.to_weights(s).chunk(8) for block in self.decoder.blocks]  # 8 x (B*L/8, 2*Dp*r*Dp) each
-                v = torch.cat([checkpoint(self.decoder, part, None, (height, width), mlps, use_reentrant=False)
-                               for part, mlps in zip(rgb.chunk(8), zip(*written))])  # (B*L, P2, C)
+                eighths = zip(rgb.chunk(8), zip(*written))
+                v = torch.cat([checkpoint(self.decoder, some_rgb, None, (height, width), some_written,
+                                          use_reentrant=False) for some_rgb, some_written in eighths])  # (B*L, P2, C)
             v = v.transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
         v = unpatchify(v, rows, height, width)  # (B, C, H, W)
         return v if features_at is None else (v, features)

@@ -81,9 +81,9 @@ class FieldBlock(nn.Module):
         self.norm = RMSNorm(field_width)
         self.to_weights = nn.Linear(hidden_size, 2 * self.width * self.inner)  # Eq. 9
 
-    def weights(self, written):
-        """The MLPs that `written` (N, 2*Dp*r*Dp) stands for: W1 (N, Dp, r*Dp) and W2 (N, r*Dp, Dp), normalised."""
-        w1, w2 = written.chunk(2, dim=-1)  # (N, Dp*r*Dp) each
+    def weights(self, mlps):
+        """`mlps` (N, 2*Dp*r*Dp), by to_weights, as matrices: W1 (N, Dp, r*Dp) and W2 (N, r*Dp, Dp), normalised."""
+        w1, w2 = mlps.chunk(2, dim=-1)  # (N, Dp*r*Dp) each
         w1 = w1.unflatten(-1, (self.width, self.inner))  # (N, Dp, r*Dp)
         w2 = w2.unflatten(-1, (self.inner, self.width))  # (N, r*Dp, Dp)
         # Eq. 10: the weights feeding one output unit get L2 norm 1, so a token chooses directions and not
@@ -95,14 +95,15 @@ class FieldBlock(nn.Module):
             w2 = F.normalize(w2, dim=-2)  # (N, r*Dp, Dp)
         return w1, w2
 
-    def forward(self, z, written):
-        w1, w2 = self.weights(written)  # (N, Dp, r*Dp), (N, r*Dp, Dp)
+    def forward(self, z, mlps):
+        w1, w2 = self.weights(mlps)  # (N, Dp, r*Dp), (N, r*Dp, Dp)
         hidden = F.silu(torch.bmm(self.norm(z), w1))  # (N, P2, r*Dp)
         return z + torch.bmm(hidden, w2)  # (N, P2, Dp)
 
 
 class NeuralField(nn.Module):
     """Decodes every patch, pixel by pixel, with MLPs written by its token (Eq. 9 to 12; released model).
+
     hidden_size D, patch_size P, field_width Dp (64), field_ratio r (2), field_depth blocks (L: 2, XL: 4).
     field_norm is one of FIELD_NORMS; "output", the paper's choice, normalises W1, W2 and the last features.
     """
@@ -135,7 +136,7 @@ class NeuralField(nn.Module):
         """rgb (N, P2, C): noisy pixels, row by row. s (N, D): SiLU of the hidden states. -> velocity (N, P2, C).
 
         `size` (height, width): the pixels of a patch, where it is not the trained P x P (then P2 = height*width).
-        `written`: to_weights(s) of each block, where that is at hand; s is then not used.
+        `written`: the `mlps` of each block, where they are at hand; s is then not used.
         """
         height, width = size or (self.patch_size, self.patch_size)
         # The input of a pixel is [colour, encoding]. Only the colour differs between patches, so the encoding's

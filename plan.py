@@ -90,7 +90,7 @@ def estimate(config, batch_size, world=1, micro_batch=None, precision="bf16", re
     Dp = config.field_width
     block = TRUNK * config.hidden_size * tokens * width
     blocks = config.field_depth * (config.decoder == "field")
-    written = blocks * 2 * config.field_ratio * Dp**2 * tokens  # numbers
+    written = blocks * 2 * config.field_ratio * Dp**2 * tokens  # numbers, in all blocks of the field
     field = width * (blocks * FIELD * config.patch_size**2 * Dp * tokens + WRITTEN * written)
     # The peak is at the start of the backward pass, which begins with the field. Made again, what the tokens wrote and
     # an eighth of the rest are there at a time (PixNerd.forward). With "all", of each block only the input stays, and
@@ -100,7 +100,8 @@ def estimate(config, batch_size, world=1, micro_batch=None, precision="bf16", re
     if recompute == "all":
         kept = config.depth * config.hidden_size * tokens * width + max(block, drawn_again)
 
-    again = count_flops(config) - 2 * written / tokens * rows * columns * config.hidden_size  # writing is not repeated
+    writing = 2 * config.hidden_size * written * rows * columns / tokens  # per image; not repeated
+    again = count_flops(config) - writing
     trunk = dataclasses.replace(config, decoder="linear")  # a hundredth of the field's work
     repeated = {"none": 0, "field": again - count_flops(trunk), "all": again}[recompute]
     averages = {"adamw": 2, "muon": 1}[optimizer]

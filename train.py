@@ -40,7 +40,7 @@ from eval_fid import EvalError
 from flow import alignment_loss, flow_matching_loss, interpolate
 from inception import InceptionError
 from logs import Log, LogError, require
-from model import PRESETS, PixNerd
+from model import PRESETS, RECOMPUTE, PixNerd
 from optimizers import make_optimizers
 from plan import MFU, Elsewhere, describe, epochs_to_steps, training_flops
 from previews import evaluate, preview
@@ -121,7 +121,7 @@ def parse_args(argv=None):
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 where the machine is fast in it")
     add("--compile", nargs="?", const="on", choices=["auto", "on", "off"], default="auto",
         help="torch.compile each repeated block (auto: where it works; on: an error where not)")  # fmt: skip
-    add("--recompute", choices=["none", "field", "all"], default="none", help="activations made again to save memory")
+    add("--recompute", choices=RECOMPUTE, default="none", help="activations made again to save memory")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--workers", type=int, help="loader processes per process (default: 0 for emoji, else up to 8)")
     add("--timeout", type=float, default=1800.0, help="seconds of waiting for another process, as while it saves")
