@@ -103,7 +103,8 @@ class Bench:
             torch.nn.utils.get_total_norm([p.grad for p in parameters])
             optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(ema, parameters, 1e-3)
+            with torch.no_grad():
+                torch._foreach_lerp_(ema, parameters, 1e-3)
 
         how = f"{precision} {'compiled' if compiled else 'eager'}"
         self.report(f"{name}, batch {batch}, {how}", self.time(step, repeats), 3 * batch * count_flops(config))
@@ -246,7 +247,8 @@ def trainer(config, batch, compiled):
     def step():
         flow_matching_loss(model(x, torch.full((batch,), 0.5), y), x, torch.ones_like(x)).backward()
         optimizer.step()  # gradients add up, as over micro-batches
-        torch._foreach_lerp_(ema, parameters, 1e-3)
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, parameters, 1e-3)
 
     return model, step
 

@@ -394,7 +394,8 @@ def main():
             optimizer.found_inf = found_inf
             optimizer.step()
             optimizer.zero_grad()
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - args.ema)
+        with torch.no_grad():  # else the average would remember, and keep in memory, every step that made it
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - args.ema)
         norms += norm
         step += 1
         log.bar.update()
