@@ -11,12 +11,15 @@ Left out: sharded checkpoints. The largest preset with optimizer is 11 GB, one f
 
 import argparse
 import dataclasses
+import errno
 import os
 import pathlib
 import pickle
 import shutil
+import struct
 import sys
 import zipfile
+import zlib
 
 import torch
 
@@ -97,8 +100,12 @@ def load_checkpoint(path, mmap=False):
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+            # One flipped bit makes a record a folder; torch would not read it and give whatever is in memory.
+            folders = (record.filename for record in archive.infolist() if record.external_attr & 0x10)
+            damaged = next(folders, None) or archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk's trouble, not the file's
+            raise
         raise CheckpointError(f"{path} is not a checkpoint, or only part of one: use another, or download it again")
     if damaged:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged}): use an earlier one, or download it again")
@@ -108,7 +115,7 @@ def load_checkpoint(path, mmap=False):
         raise CheckpointError(
             f"{path} holds Python objects, not plain weights: it was refused, and nothing in it ran"
         )
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, ValueError, EOFError, LookupError) as error:
         raise CheckpointError(f"{path} is not a PyTorch checkpoint ({str(error).splitlines()[0]})")
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a checkpoint's dict")
@@ -177,25 +184,37 @@ def checked_config(state, path):
 
 
 def save_run(folder, state, keep=2):
-    """Saves state as folder/step-N.pt, gives it the second name last.pt, then prunes to the newest `keep` (at least 2).
+    """Saves state as folder/step-N.pt, also called last.pt, then prunes to the newest `keep` (at least 2).
 
-    last.pt is a hard link, not a symbolic one, so copying or moving the folder cannot break it; where the file system
-    has no hard links it is a copy. Old files go only after the new one is safe. Raises OSError.
+    Old files go only after the new one is safe. A file of a later step is a damaged one that was passed over: it does
+    not count, and is written again when the run gets there. Raises OSError.
     """
     folder = pathlib.Path(folder)
     path = folder / f"step-{state['step']:08d}.pt"
     save_checkpoint(path, state)
-    link = folder / "last.pt.tmp"
+    name_last(path)
+    so_far = [saved for saved in run_checkpoints(folder) if saved.name <= path.name]
+    for old in [*so_far[max(2, keep) :], *folder.glob("*.pt.tmp")]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def name_last(path):
+    """Gives a run's checkpoint its second name, last.pt, if it does not have it.
+
+    It is a hard link, not a symbolic one, so copying or moving the folder cannot break it; where the file system has
+    no hard links it is a copy. Raises OSError.
+    """
+    last, link = path.with_name("last.pt"), path.with_name("last.pt.tmp")
+    if last.exists() and last.samefile(path):
+        return
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
     except OSError:
         shutil.copyfile(path, link)
-    os.replace(link, folder / "last.pt")
-    sync_folder(folder)
-    for old in [*run_checkpoints(folder)[max(2, keep) :], *folder.glob("*.pt.tmp")]:
-        old.unlink(missing_ok=True)
-    return path
+    os.replace(link, last)
+    sync_folder(path.parent)
 
 
 def run_checkpoints(folder):
@@ -206,13 +225,16 @@ def run_checkpoints(folder):
 def load_run(folder, warn=print):
     """(path, state) of the newest sound checkpoint in a run's folder, or None where there is none yet.
 
-    A damaged one is passed over with a warning, for the one before it. All damaged is a CheckpointError, never a silent
-    restart from zero.
+    A damaged one is passed over with a warning, for the one before it; last.pt comes last, for a folder that has only
+    that. All damaged is a CheckpointError, never a silent restart from zero. The tensors stay in the file until they
+    are used, so that the processes of a machine share one copy of it in memory.
     """
-    paths = run_checkpoints(folder)
+    paths, last = run_checkpoints(folder), pathlib.Path(folder) / "last.pt"
+    if last.exists() and not any(last.samefile(path) for path in paths):
+        paths.append(last)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, mmap=True)
         except CheckpointError as error:
             warn(f"warning: {error}; trying the one before")
     if paths:
@@ -225,7 +247,7 @@ def check_same(saved, wanted, path):
     for name in saved:
         if name in wanted and saved[name] != wanted[name]:
             raise CheckpointError(f"{path} was trained with {name}={saved[name]!r}, but this run asks for "
-                                  f"{wanted[name]!r}: use the same value, or another --out folder")  # fmt: skip
+                                  f"{wanted[name]!r}: use the same value, or another file or --out folder")  # fmt: skip
 
 
 # ---- the released model ----------------------------------------------------------------------------------------------

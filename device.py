@@ -105,10 +105,10 @@ def keep_memory(keep=True):
     mallopt(-1, 2**31 - 1 if keep else 0)  # M_TRIM_THRESHOLD: how much of the others is kept
 
 
-def compiler_trouble():
-    """Why torch.compile cannot work here, in a few words, or None if it can: it is tried on one small function."""
+def compiler_trouble(device="cpu"):
+    """Why torch.compile cannot work there, in a few words, or None if it can: it is tried on one small function."""
     try:
-        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8))
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001  whatever goes wrong in there, the answer is "then without"
         return str(error).strip().splitlines()[0][:120]
     finally:

@@ -77,6 +77,13 @@ def flat(values):
     return numbers
 
 
+def save_preview(out, step, image):
+    """Keeps a preview (a Pillow image) as OUT/samples.png and as OUT/previews/step-N.png. Raises OSError."""
+    (out / "previews").mkdir(exist_ok=True)
+    for target in (out / "samples.png", out / "previews" / f"step-{step:08d}.png"):
+        image.save(target)
+
+
 class Log:
     """The log of one run in the folder `out`, from `step` to `steps`. With `out` None, as on ranks above 0, silent.
 
@@ -148,10 +155,8 @@ class Log:
             self.run.log(flat(values), step=step)
 
     def picture(self, step, image):
-        """Keeps a preview (a Pillow image) as previews/step-N.png and as samples.png, and logs it."""
-        (self.out / "previews").mkdir(exist_ok=True)
-        for target in (self.out / "previews" / f"step-{step:08d}.png", self.out / "samples.png"):
-            image.save(target)
+        """Saves a preview (a Pillow image) and logs it."""
+        save_preview(self.out, step, image)
         if self.board:
             self.board.add_image("previews", np.asarray(image), step, dataformats="HWC")
             self.board.flush()

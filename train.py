@@ -30,16 +30,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import emoji_metric
 from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
-                        load_weights, save_run)  # fmt: skip
+                        load_weights, name_last, save_run)  # fmt: skip
 from data import BatchNumbers, DataError, from_uint8, open_dataset, training_batches
 from device import (PEAKS, DeviceError, autocast, compiler_trouble, keep_memory, peak_flops, pick_device,
                     pick_precision)  # fmt: skip
 from dinov2 import TeacherError, load_dinov2
 from download import DownloadError
-from eval_fid import EvalError
+from eval_fid import EvalError, open_pictures
 from flow import alignment_loss, flow_matching_loss, interpolate
-from inception import InceptionError
-from logs import Log, LogError, require
+from inception import InceptionError, load_inception
+from logs import Log, LogError, require, save_preview
 from model import PRESETS, RECOMPUTE, PixNerd
 from optimizers import make_optimizers
 from plan import MFU, Elsewhere, describe, epochs_to_steps, training_flops
@@ -134,7 +134,7 @@ def parse_args(argv=None):
     add("--eval-ref", help="what FID compares with: a reference npz, or a file of eval_fid.py --save-stats. "
         "Without it, on the emoji, the emoji distance (emoji_metric.py) is logged instead")  # fmt: skip
     add("--inception", help="weights of the FID network (default: downloaded once)")
-    add("--log-every", type=int, help="steps between metrics (0: none)")
+    add("--log-every", type=int, help="steps between metrics (0: only with a checkpoint)")
     add("--tensorboard", action="store_true", help="log to OUT/tensorboard as well (pip install tensorboard)")
     add("--wandb", action="store_true", help="log to Weights & Biases as well (pip install wandb)")
     add("--seed", type=int, default=0)
@@ -146,26 +146,41 @@ def parse_args(argv=None):
     planned.add_argument("--mfu", type=float, help=f"share of its peak that training reaches (default: {MFU})")
     planned.add_argument("--bandwidth", type=float, help="GB/s from GPU to GPU (default: NVLink's)")
     args = parser.parse_args(argv)
+
+    def refuse(name, must):
+        parser.error(f"--{name.replace('_', '-')} {must}")
+
     for name in ("world_size", "gpu", "mfu", "bandwidth"):
         if getattr(args, name) is not None and not args.dry_run:
-            parser.error(f"--{name.replace('_', '-')} is for planning: add --dry-run, or leave it out")
+            refuse(name, "is for planning: add --dry-run, or leave it out")
+    for name, needed in (("dino", "repa"), ("eval_ref", "eval_every"), ("inception", "eval_ref")):
+        if getattr(args, name) is not None and not getattr(args, needed):
+            refuse(name, f"does nothing without --{needed.replace('_', '-')}: add it, or leave both out")
     for name, value in (NANO if args.size == "Nano" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.data is None:
         parser.error(f"--size {args.size} needs --data: a folder of class folders like ImageNet's, or a tar of one")
-    for name in ("batch_size", "steps", "world_size"):
+    # Written so that "not a number" is refused as well. A flag that was left out (None) is fine.
+    for name in ("batch_size", "micro_batch", "steps", "world_size", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= args.drop_label <= 1 or not 0 <= args.ema < 1 or args.shift <= 0:
-        parser.error("--drop-label must lie in [0, 1], --ema in [0, 1) and --shift above 0")
-    if not 0 < (1 if args.epochs is None else args.epochs) < math.inf:
-        parser.error("--epochs must lie above 0")
+            refuse(name, "must be at least 1")
+    for name in ("warmup", "weight_decay", "clip", "repa", "save_every", "preview_every", "eval_every", "log_every",
+                 "workers", "seed"):  # fmt: skip
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 2**63:
+            refuse(name, "must be at least 0, and finite")
+    for name in ("lr", "epochs", "shift", "timeout", "bandwidth"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            refuse(name, "must lie above 0")
+    if not 0 <= args.drop_label <= 1 or not 0 <= args.ema < 1:
+        parser.error("--drop-label must lie in [0, 1] and --ema in [0, 1)")
+    if args.eval_num < 2:
+        refuse("eval_num", "must be at least 2")
     if args.cache_crops and (args.augment or args.data == "emoji"):
         parser.error("--cache-crops keeps centre crops of files: leave it out with --augment, and with --data emoji")
     args.mfu = MFU if args.mfu is None else args.mfu
-    if not 0 < args.mfu <= 1 or not 0 < (1 if args.bandwidth is None else args.bandwidth) < math.inf:
-        parser.error("--mfu must lie in (0, 1] and --bandwidth above 0")
+    if not 0 < args.mfu <= 1:
+        parser.error("--mfu must lie in (0, 1]")
     args.out = args.out or f"runs/{args.size}"
     choices = ("resolution", "patch_size", "hidden_size", "depth", "decoder", "field_norm", "field_width",
                "field_ratio", "field_depth", "encoding", "num_freqs")  # fmt: skip
@@ -184,6 +199,8 @@ def start_from(model, path):
     and only that. Raises CheckpointError for anything else that differs.
     """
     source = load_model(path)
+    alike = ("num_heads", "decoder", "field_norm", "encoding")  # what the shapes of the weights do not tell
+    check_same({name: getattr(source.config, name) for name in alike}, dataclasses.asdict(model.config), path)
     weights, note = source.state_dict(), f"starting from {path}"
     if source.config.num_classes != model.config.num_classes:
         weights["class_embed.weight"] = model.class_embed.weight
@@ -226,7 +243,11 @@ def main():
     if args.batch_size % world or micro < 1 or share % micro:
         raise DataError(f"--batch-size {args.batch_size} must divide into {world} processes x --micro-batch {micro}")
 
-    # -- Data.
+    control = None if args.dry_run else join(rank, world, device, args.timeout)  # the group for shared decisions
+
+    # -- Data. Rank 0 goes first and keeps the list of the pictures in the run's folder, where the others then read it.
+    if control and rank > 0:
+        dist.barrier(group=control)
     if args.dry_run and args.data != "emoji" and not os.path.exists(args.data):
         dataset = Elsewhere(args.num_classes)
         say(f"{args.data} is not here: assuming ImageNet's {len(dataset)} images and {len(dataset.classes)} classes")
@@ -234,6 +255,14 @@ def main():
         crops = None if args.dry_run else args.cache_crops
         dataset = open_dataset(args.data, args.resolution, args.augment, args.out,
                                write=rank == 0 and not args.dry_run, crops=crops)  # fmt: skip
+    if control:
+        if rank == 0:
+            dist.barrier(group=control)
+        fingerprints = [None] * world
+        dist.all_gather_object(fingerprints, dataset.fingerprint, group=control)
+        strangers = [other for other in range(world) if fingerprints[other] != fingerprints[0]]
+        if strangers:
+            raise DataError(f"rank {strangers[0]} finds other pictures in {args.data} than rank 0: make them the same")
     config = args.config
     if args.num_classes not in (None, len(dataset.classes)):
         raise DataError(f"{args.data} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
@@ -244,6 +273,9 @@ def main():
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
     if args.eval_every and args.eval_ref is None and (args.data, args.resolution) != ("emoji", emoji_metric.SIDE):
         raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
+    if args.eval_ref:  # found out now, not at the first evaluation
+        open_pictures(args.eval_ref, args.resolution)
+        load_inception(args.inception)
     if args.epochs:
         args.steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size)
     if args.dry_run:
@@ -262,12 +294,16 @@ def main():
         if rank == 0 and getattr(args, package):
             require(package)
 
-    control = join(rank, world, device, args.timeout)  # the group for decisions that all ranks share
+    # Rank 0 chooses the checkpoint to go on from, so that all take the same one even if another appears meanwhile.
+    found = load_run(out, warn=say) if rank == 0 else None
+    choice = [found and str(found[0])]
+    if world > 1:
+        dist.broadcast_object_list(choice, group=control)
 
     # -- Model, its running average, the frozen teacher of --repa, and the optimizer.
     torch.manual_seed(args.seed)
     model = PixNerd(config)
-    if args.init:
+    if args.init and not choice[0]:
         say(start_from(model, args.init))
     teacher = load_dinov2(args.dino).to(device) if args.repa else None
     student = Student(model, args.repa_block, teacher.norm.weight.numel() if teacher else 0).to(device)
@@ -280,16 +316,12 @@ def main():
     identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
         "seed", "optimizer", "batch_size", "drop_label", "shift", "augment", "repa", "repa_block")}  # fmt: skip
     step = 0
-    # Rank 0 chooses among the checkpoints, so that all ranks take the same one even if another appears meanwhile.
-    found = load_run(out, warn=say) if rank == 0 else None
-    choice = [found and str(found[0])]
-    if world > 1:
-        dist.broadcast_object_list(choice, group=control)
     if choice[0]:
-        path, state = found or (choice[0], load_checkpoint(choice[0]))
+        path, state = found or (choice[0], load_checkpoint(choice[0], mmap=True))
         checked_config(state, path)
-        # Before there was Muon, a checkpoint named no optimizer and had the state of the one, not a list.
-        check_same({"optimizer": "adamw"} | state["identity"], identity, path)
+        if "identity" not in state:
+            raise CheckpointError(f"{path} holds weights only, not a run: give it to --init, with another --out")
+        check_same(state["identity"], identity, path)
         if state["fingerprint"] != dataset.fingerprint and not args.accept_changed_data:
             raise CheckpointError(f"{path}: the pictures in {args.data} are not those of the run so far; restore them, "
                                   "or give --accept-changed-data")  # fmt: skip
@@ -297,18 +329,24 @@ def main():
         load_weights(ema, state["ema"], path)
         if student.projector:
             load_weights(student.projector, state["projector"], path)
-        saved = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
-        for optimizer, part in zip(optimizers, saved, strict=True):
+        for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(part)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = args.weight_decay  # this run's, as --lr
+        if rank == 0 and path.name != "last.pt":
+            name_last(path)  # what a kill between a save and its second name left undone
         step = state["step"]
         say(f"resuming {path} at step {step}")
         del state, found
     if step >= args.steps:
+        final = out / "previews" / f"step-{step:08d}.png"
+        if rank == 0 and args.preview_every and not final.exists():  # killed while it was drawn
+            save_preview(out, step, preview(ema, args.seed, device, args.precision))
         return say(f"{out} has {step} of {args.steps} steps: nothing to do (more with --steps)")
 
     # -- Speed.
     if args.compile != "off":
-        trouble = compiler_trouble()
+        trouble = compiler_trouble(device)
         if trouble and args.compile == "on":
             raise DeviceError(f"--compile on: {trouble}")
         if trouble:
@@ -445,7 +483,7 @@ def main():
     if stop["signal"]:
         say(f"stopped by {signal.Signals(stop['signal']).name} at step {step}, saved; the same command goes on")
     else:
-        say(f"done: {out}/last.pt, {out}/samples.png")
+        say(f"done: {out}/last.pt" + (f", {out}/samples.png" if args.preview_every else ""))
     if world > 1:
         dist.destroy_process_group()
 

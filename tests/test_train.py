@@ -20,7 +20,7 @@ from PIL import Image
 
 import previews
 import sample
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint
 from data import from_uint8, open_dataset
 from flow import flow_matching_loss, interpolate, sample_time
 from inception import InceptionV3
@@ -226,21 +226,6 @@ def test_row_20_resumes_exactly_with_muon_too(tmp_path):
     assert len(last(out)["optimizers"]) == 2
     assert_same_run(last(out), last(tmp_path / "whole"))
     assert "optimizer" in refuses(out, "--steps", 6)
-
-
-def test_checkpoints_from_before_muon_resume_exactly(uninterrupted, tmp_path):
-    """They hold the state of one optimizer where now there is a list, and do not name it among the settings."""
-    out = tmp_path / "run"
-    assert train(out, "--steps", 4)[0] == 0
-    state = last(out)
-    (state["optimizer"],) = state.pop("optimizers")
-    del state["identity"]["optimizer"]
-    save_checkpoint(out / "step-00000004.pt", state)
-    (out / "last.pt").unlink()
-    assert train(out, "--steps", 8)[0] == 0
-    assert_same_run(last(out), last(uninterrupted))
-    save_checkpoint(out / "step-00000009.pt", state | {"step": 9})
-    assert "optimizer" in refuses(out, "--optimizer", "muon", "--steps", 10)
 
 
 def test_row_19_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path):
