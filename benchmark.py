@@ -417,7 +417,8 @@ def main():
     keep_memory()  # as train.py and sample.py do; "image" and "memory" measure in processes of their own
     for name in args.only:
         FIGURES[name](bench)
-    print(f"the defaults of train.py here: {pick_precision('auto', device)}, {'eager' if trouble else 'compiled'}")
+    default = "eager" if compiler_trouble() else "compiled"
+    print(f"the defaults of train.py here: {pick_precision('auto', device)}, {default}")
 
 
 if __name__ == "__main__":

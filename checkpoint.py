@@ -97,7 +97,8 @@ def load_checkpoint(path, mmap=False):
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"{path} is a folder: name the file in it, such as last.pt" if path.is_dir() else
+                                f"there is no checkpoint {path}")  # fmt: skip
     try:
         with zipfile.ZipFile(path) as archive:
             # One flipped bit makes a record a folder; torch would not read it and give whatever is in memory.
@@ -125,6 +126,8 @@ def load_checkpoint(path, mmap=False):
 def load_weights(module, state_dict, path, assign=False):
     """module.load_state_dict, strict, with a CheckpointError that names the first key that does not fit."""
     own = module.state_dict()
+    if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+        raise CheckpointError(f"{path} has no table of weights where one should be")
     for key in own:
         if key not in state_dict:
             raise CheckpointError(f"{path} lacks the weight {key}: it belongs to another architecture")
@@ -154,6 +157,8 @@ def load_model(path, weights="ema"):
             )
     else:  # released: a PyTorch Lightning file, or its state dict alone
         state_dict = state.get("state_dict", state)
+        if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+            raise CheckpointError(f"{path} is not a PixNerd checkpoint (no table of named weights)")
         prefix = {"ema": "ema_denoiser.", "raw": "denoiser."}[weights]
         if any(key.startswith(("ema_denoiser.", "denoiser.")) for key in state_dict):
             state_dict = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
@@ -162,14 +167,15 @@ def load_model(path, weights="ema"):
     # exist once: reading a 6 GB file for its 2.8 GB of EMA needs 2.8 GB.
     with torch.device("meta"):
         model = PixNerd(config)
-    load_weights(model, {key: tensor.float() for key, tensor in state_dict.items()}, path, assign=True)
+    load_weights(model, state_dict, path, assign=True)
+    model.float()
     model.class_names = state.get("class_names")
     return model.eval()
 
 
 def checked_config(state, path):
     """The PixNerdConfig of a loaded checkpoint of ours. CheckpointError for another format or unknown fields."""
-    if state.get("format") != FORMAT or "config" not in state:
+    if state.get("format") != FORMAT or not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path} has format {state.get('format')!r}; this version reads {FORMAT!r}")
     unknown = sorted(set(state["config"]) - {field.name for field in dataclasses.fields(PixNerdConfig)})
     if unknown:
@@ -302,7 +308,7 @@ def import_reference(state_dict, path="the file"):
             field_ratio=len(state_dict[f"blocks.{len(trunk)}.param_generator1.0.bias"]) // (2 * field_width**2),
             num_freqs=round((field_inputs - 3) ** 0.5),
         )
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is not a PixNerd checkpoint ({str(error).strip()})")
     names = reference_names(config)
     for theirs in names.values():
@@ -344,6 +350,8 @@ def main():
                  "ema": {key: tensor.to(dtype) for key, tensor in model.state_dict().items()}}  # fmt: skip
     save_checkpoint(args.target, state)
     print(f"wrote {args.target}, {os.path.getsize(args.target) / 1e6:.1f} MB")
+    if args.reference and model.config.resolution != 16 * model.config.patch_size:
+        print(f"the released format keeps no resolution: draw with --resolution {model.config.resolution}")
 
 
 if __name__ == "__main__":

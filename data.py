@@ -109,7 +109,10 @@ def _bounded(image, size):
 
 
 def center_crop(pil_image, size):
-    """The size x size middle of a picture, scaled so that the short side fits: ADM's preparation, bit for bit."""
+    """The size x size middle of a picture, scaled so that the short side fits.
+
+    ADM's preparation, bit for bit, up to a shape of 32 to 1; of a longer picture only the middle is looked at.
+    """
     image = _short_side(_bounded(pil_image, size), size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -84,8 +84,8 @@ def freeze(model, precision, pack=True):
             if isinstance(child, torch.nn.Linear):
                 if precision == "bf16":
                     child.bfloat16()
-                # The field's own two layers are too small to gain, and of the first one the weight itself is read.
-                large = child.weight.numel() >= 2**18 and child.weight.device.type == "cpu"
+                # Small layers gain nothing; and of the field's `embed` the weight itself is read.
+                large = child.weight.numel() >= 2**18 and child.weight.device.type == "cpu" and name != "embed"
                 if pack and large and torch.backends.mkldnn.is_available():
                     setattr(module, name, PackedLinear(child))
 
@@ -101,7 +101,8 @@ def keep_memory(keep=True):
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    mallopt(-3, 2**30 if keep else 2**16)  # M_MMAP_THRESHOLD: larger tensors go back when they are freed
+    # M_MMAP_THRESHOLD: larger tensors go back when they are freed. glibc before 2.35 takes 32 MB at most.
+    mallopt(-3, 2**30 if keep else 2**16) or mallopt(-3, 2**25)
     mallopt(-1, 2**31 - 1 if keep else 0)  # M_TRIM_THRESHOLD: how much of the others is kept
 
 

@@ -467,13 +467,13 @@ def parse_args():
     parser.add_argument("--inception", metavar="FILE", help="weights of the network, in place of the download")
     parser.add_argument("--resolution", type=int, help="crop the pictures of folders to this size, as ADM does")
     parser.add_argument("--save-stats", metavar="FILE", help="keep the reference's statistics as an npz")
-    parser.add_argument("--json", metavar="FILE", help="results and settings; default: SAMPLES.eval.json")
+    parser.add_argument("--json", metavar="FILE", help="results and settings; if left out, SAMPLES.eval.json")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures per run of the network and device")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="threads that decode pictures")
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument("--speed", action="store_true", help="also time the network alone, on a ready batch")
     args = parser.parse_args()
-    if min(args.batch_size, args.workers, args.resolution or 1) < 1:
+    if min(args.batch_size, args.workers, 1 if args.resolution is None else args.resolution) < 1:
         parser.error("--batch-size, --workers and --resolution must be at least 1")
     args.json = pathlib.Path(args.json or args.samples.rstrip("/") + ".eval.json")
     args.save_stats = args.save_stats and pathlib.Path(args.save_stats)

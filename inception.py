@@ -271,7 +271,7 @@ def load_inception(path=None):
         if not isinstance(weights, dict):
             raise InceptionError("it holds no dictionary of tensors")
     except Exception as error:  # whatever pickle and zip readers find to say about a foreign or damaged file
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error) if isinstance(error, InceptionError) else type(error).__name__).splitlines()[0]
         raise InceptionError(f"{path} is not a readable weights file: {reason}") from error
     model = InceptionV3()
     expected = model.state_dict()

@@ -236,8 +236,13 @@ class PixNerd(nn.Module):
         features_at=8 returns (velocity, tokens (B, L, D) after block 8, counted from 1), for REPA.
         grid=(rows, columns) fixes the number of tokens whatever the size of x (paper section 4.5): the trunk sees x
         resampled to its own grid, and the field draws each token's patch with H/rows x W/columns pixels.
-        ValueError where patches do not fill the image.
+        ValueError where patches do not fill the image, for a block that is not there, and for `grid` with a linear
+        decoder, which has one patch size.
         """
+        if grid is not None and self.config.decoder == "linear":
+            raise ValueError("a linear decoder has one patch size; another density needs decoder='field'")
+        if features_at is not None and not 1 <= features_at <= self.config.depth:
+            raise ValueError(f"features_at is {features_at}, but the blocks are 1 to {self.config.depth}")
         B, C, H, W = x.shape
         P = self.config.patch_size
         rows, columns = grid or self.config.token_grid(H, W)
@@ -263,8 +268,6 @@ class PixNerd(nn.Module):
             features = h if number == features_at else features  # (B, L, D)
 
         if self.config.decoder == "linear":
-            if grid is not None:
-                raise ValueError("a linear decoder has one patch size; another density needs decoder='field'")
             v = self.decoder(h, c).unflatten(-1, (C, P * P))  # (B, L, C, P2)
         else:
             s = F.silu(t_emb.unsqueeze(1) + h).flatten(0, 1)  # (B*L, D): the class is not added again (released model)

@@ -47,7 +47,7 @@ def evaluate(ema, args, device, rank, world):
     if args.eval_ref is None:
         if rank > 0:
             return {}
-        images = emoji_metric.draw_emoji(ema, args.eval_num, STEPS, CFG, args.seed)  # (N, 3, H, W)
+        images = emoji_metric.draw_emoji(ema, args.eval_num, seed=args.seed)  # (N, 3, H, W), as emoji_metric.py draws
         return {"emoji_distance": emoji_metric.emoji_distance(images)}
 
     def batches(size, rank, world):

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import zipfile
@@ -50,6 +51,7 @@ RELEASED_FILES = {
 IMAGENET_CLASSES = (ASSETS / "imagenet_classes.txt").read_text().splitlines()
 SOLVERS = ("euler", "heun", "adams", "euler-maruyama")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SIDE_LIMITS = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}  # pixels
 # FLOP from which --compile auto compiles. On CPUs, packed weights (device.freeze) are faster in fp32 and nearly as fast
 # in bf16, where compiling saves a fiftieth of the time and costs 10 to 20 s: even at eight images of XL, 200 TFLOP. The
 # compiler cannot read them, so it is one or the other. Counted and not timed: the same command does the same.
@@ -98,12 +100,21 @@ def parse_args(argv=None):
         parser.error("--num, --steps and --batch-size must be at least 1")
     if args.temperature is None:
         args.temperature = 0.8 if args.ckpt == "emoji" and not args.npz else 1.0
-    if not 0 < args.shift < math.inf or not 0 < args.temperature < math.inf:
-        parser.error("--shift and --temperature must be above 0")
+    if not 0 < args.shift < math.inf or not 0 < args.temperature < math.inf or not math.isfinite(args.cfg):
+        parser.error("--shift and --temperature must be above 0, and --cfg a number")
+    if not args.interval[0] < args.interval[1]:
+        parser.error("--interval LOW HIGH: LOW must be below HIGH")
+    if not 0 <= args.seed < 2**63:
+        parser.error("--seed must be at least 0, and below 2**63")
     if not set(args.solver) <= set(SOLVERS):
         parser.error(f"--solver {','.join(args.solver)}: choose from {', '.join(SOLVERS)}")
     if args.npz and (args.gif or len(args.solver) > 1):
         parser.error("--npz takes one --solver and no --gif")
+    for flag, name, endings in (("--npz", args.npz, (".npz",)), ("--gif", args.gif, (".gif",))):
+        if name and not name.lower().endswith(endings):
+            parser.error(f"{flag} {name}: the name must end in {endings[0]}")
+    if pathlib.Path(args.out).suffix.lower() in set(Image.registered_extensions()) - set(PICTURES):
+        parser.error(f"--out {args.out}: a picture's name must end in {', '.join(PICTURES)}; any other is a folder")
     return args
 
 
@@ -163,7 +174,7 @@ def find_classes(wish, names, num_classes):
     names = names or [str(i) for i in range(num_classes)]
     found = []
     for item in (item.strip() for item in wish.split(",")):
-        if item.lstrip("-").isdigit():
+        if re.fullmatch("-?[0-9]+", item):
             if not 0 <= int(item) < num_classes:
                 raise SampleError(f"--class {item} is out of range: this model knows 0 to {num_classes - 1}")
             found.append(int(item))
@@ -254,6 +265,18 @@ def check_output(flag, name):
         raise SampleError(f"{flag} {path} cannot be written ({error.strerror}): choose another place")
     if path != folder and path.is_dir():
         raise SampleError(f"{flag} {path} is a folder: choose another name")
+
+
+def check_sides(args, rows, size):
+    """SampleError, before anything is computed, for a grid of `rows` classes that its file format cannot hold."""
+    if rows == 1:  # one class alone is drawn as a square
+        return
+    height, width = rows * (size[0] + 2), len(args.solver) * args.num * (size[1] + 2)
+    for name, side in ((args.out, max(height, width)), (args.gif or "", max(height, 2 * width))):
+        limit = SIDE_LIMITS.get(pathlib.Path(name).suffix.lower(), math.inf)
+        if side > limit:
+            raise SampleError(f"{name} would have a side of over {side} pixels, and its format ends at {limit}: "
+                              "use fewer classes, a smaller --num, or a folder for --out")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -411,11 +434,14 @@ def main():
 
     # What was left open is decided here, since the settings go into every file.
     args.precision = pick_precision(args.precision, device)
-    args.classes = args.classes or ("all" if args.npz or config.num_classes != 1000 else "207")
+    if args.classes is None:
+        args.classes = "all" if args.npz or config.num_classes != 1000 else "207"
     classes = find_classes(args.classes, model.class_names, config.num_classes)
     args.num = args.num or (50 * len(classes) if args.npz else 4)
     images = args.num * (1 if args.npz else len(classes))
     check_memory(config, min(args.batch_size, images), grid, size, device)
+    if not args.npz:
+        check_sides(args, len(classes), size)
     args.compile = pick_compile(args, config, images, trained_size, device)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "gif", "npz", "list_classes")}
     settings |= {"ckpt": pathlib.Path(args.ckpt).name, "device": device.type, "size": f"{size[0]}x{size[1]}"}

@@ -240,8 +240,10 @@ def main():
     world = args.world_size or world
     share = args.batch_size // world  # images per step on this rank
     micro = args.micro_batch or share
-    if args.batch_size % world or micro < 1 or share % micro:
-        raise DataError(f"--batch-size {args.batch_size} must divide into {world} processes x --micro-batch {micro}")
+    if args.batch_size % world:
+        raise DataError(f"--batch-size {args.batch_size} cannot be shared equally by {world} processes")
+    if share % micro:
+        raise DataError(f"--micro-batch {micro} does not divide the {share} images of a process")
 
     control = None if args.dry_run else join(rank, world, device, args.timeout)  # the group for shared decisions
 
@@ -273,6 +275,8 @@ def main():
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
     if args.eval_every and args.eval_ref is None and (args.data, args.resolution) != ("emoji", emoji_metric.SIDE):
         raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
+    if args.eval_every and args.eval_ref is None and args.eval_num < emoji_metric.MINIMUM:
+        raise DataError(f"--eval-num must be at least {emoji_metric.MINIMUM} for the emoji distance")
     if args.eval_ref:  # found out now, not at the first evaluation
         open_pictures(args.eval_ref, args.resolution)
         load_inception(args.inception)
@@ -399,7 +403,7 @@ def main():
 
         # One step, in micro-batches; gradients travel between the processes during the last one.
         for part in range(share // micro):
-            batch = next_batch(batches, device)
+            batch = next_batch(batches, device)  # image, noise, t and y of numbered samples: data.TrainingSamples
             x = from_uint8(batch["image"])  # (B, 3, H, W), clean, in [-1, 1]
             x_t = interpolate(x, batch["noise"], batch["t"])  # (B, 3, H, W), Eq. 1
             last = part == share // micro - 1

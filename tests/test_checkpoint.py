@@ -86,6 +86,52 @@ def test_row_10_flipped_bits_are_rejected(tmp_path):
             load_checkpoint(path)
 
 
+@pytest.mark.parametrize("mmap", [False, True])
+def test_row_10_bits_flipped_around_the_tensors_are_rejected_or_harmless(tmp_path, mmap):
+    """One flip in every byte of a small file: names, sizes, flags, the directory at its end.
+
+    Catches: a record that has become a folder, of which torch reads nothing and returns whatever is in memory, and
+    errors of the zip reader that are not CheckpointErrors, at which a run would end in place of falling back.
+    """
+    path, state = tmp_path / "x.pt", {"step": 3, "ema": {"a": torch.arange(40.0)}, "names": ["b", 2.5]}
+    save_checkpoint(path, state)
+    whole, dice, refused = path.read_bytes(), random.Random(1), 0
+    folder_bit = whole.index(b"PK\1\2") + 38  # of the first record in the directory: its external attributes
+    for place, flip in [*((place, 1 << dice.randrange(8)) for place in range(len(whole))), (folder_bit, 0x10)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+        try:
+            loaded = load_checkpoint(path, mmap)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert (loaded["step"], loaded["names"]) == (3, ["b", 2.5]), place
+        assert torch.equal(loaded["ema"]["a"], state["ema"]["a"]), place
+    assert refused > len(whole) / 3  # the rest is padding, and times of files
+
+
+def test_row_9_a_damaged_file_does_not_count_among_those_that_are_kept(tmp_path):
+    """Passed over, it lies ahead of the run. Catches: pruning the last sound one, or the one just written, for it."""
+    for step in (4, 6):
+        save_run(tmp_path, run_state(step))
+    (tmp_path / "step-00000006.pt").write_bytes(b"rubbish")
+    assert load_run(tmp_path, lambda _: None)[1]["step"] == 4
+    save_run(tmp_path, run_state(5))
+    assert [path.name for path in checkpoint.run_checkpoints(tmp_path)] == [
+        "step-00000006.pt", "step-00000005.pt", "step-00000004.pt"]  # fmt: skip
+    (tmp_path / "step-00000005.pt").write_bytes(b"rubbish")
+    assert load_run(tmp_path, lambda _: None)[1]["step"] == 4
+
+
+def test_row_11_a_folder_with_last_pt_alone_is_gone_on_from(tmp_path):
+    save_run(tmp_path, run_state(10))
+    (tmp_path / "step-00000010.pt").unlink()
+    path, state = load_run(tmp_path)
+    assert path.name == "last.pt" and state["step"] == 10
+    path.write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+        load_run(tmp_path, lambda _: None)
+
+
 def test_row_11_all_checkpoints_corrupt_is_an_error(tmp_path):
     for step in (10, 20):
         save_run(tmp_path, run_state(step))
@@ -131,12 +177,20 @@ def test_row_13_old_and_foreign_files_are_named_as_such(tmp_path):
     save_checkpoint(tmp_path / "list.pt", [1, 2])
     save_checkpoint(tmp_path / "future.pt", {"format": "pixnerd 99", "config": {}})
     save_checkpoint(tmp_path / "other.pt", {"state_dict": {"conv1.weight": torch.ones(2)}})
+    save_checkpoint(tmp_path / "numbered.pt", {0: torch.ones(1)})
+    save_checkpoint(tmp_path / "listed.pt", {"state_dict": [1, 2]})
+    save_checkpoint(tmp_path / "number.pt", {"state_dict": {"s_embedder.proj.weight": 3}})
+    save_checkpoint(tmp_path / "no-config.pt", {"format": FORMAT, "config": None, "ema": {}})
+    save_checkpoint(tmp_path / "no-table.pt", run_state(1) | {"ema": [1]})
+    save_checkpoint(tmp_path / "no-tensors.pt", run_state(1) | {"ema": dict.fromkeys(run_state(1)["ema"], 3)})
     for path in tmp_path.glob("*.pt"):
         with pytest.raises(CheckpointError, match=path.name) as error:
             load_model(path)
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         load_model(tmp_path / "absent.pt")
+    with pytest.raises(FileNotFoundError, match="is a folder: name the file in it"):
+        load_model(tmp_path)
 
 
 def test_row_14_a_full_disk_keeps_the_previous_file_and_tells_the_true_reason(tmp_path):

@@ -75,8 +75,17 @@ def test_augmentation_crops_and_flips_by_the_generator_only(folder):
     ramp = Image.fromarray(np.arange(64 * 40 * 3, dtype=np.uint8).reshape(40, 64, 3))
     crops = [np.asarray(random_crop(ramp, 16, keyed_generator(i))) for i in range(40)]
     assert all(crop.shape == (16, 16, 3) for crop in crops)
-    assert len({crop.tobytes() for crop in crops}) > 5
+    seen = {crop.tobytes() for crop in crops}
+    assert len(seen) > 5 and any(crop[:, ::-1].tobytes() in seen for crop in crops)  # some picture and its mirror
     assert np.array_equal(crops[3], np.asarray(random_crop(ramp, 16, keyed_generator(3))))
+
+
+def test_augmented_emoji_are_the_drawings_and_their_mirrors():
+    plain, augmented = open_dataset("emoji", 32)[0][0], open_dataset("emoji", 32, augment=True)
+    drawn = [augmented.__getitem__(0, keyed_generator(i))[0] for i in range(20)]
+    mirrored = [torch.equal(image, plain.flip(-1)) for image in drawn]
+    assert 0 < sum(mirrored) < 20
+    assert all(mirror or torch.equal(image, plain) for mirror, image in zip(mirrored, drawn))
 
 
 def test_rule_a_every_sample_is_a_function_of_its_number():
@@ -161,9 +170,14 @@ def test_row_25_every_mode_becomes_rgb_and_alpha_goes_over_white(tmp_path):
         red.convert(mode).save(path)
         image = read_image(path)
         assert image.mode == "RGB" and image.size == (4, 4), mode
+        red_or_gray = {"L": (60,) * 3, "LA": (60,) * 3, "1": None, "P": None}.get(mode, (200, 0, 0))
+        if red_or_gray:
+            assert max(abs(a - b) for a, b in zip(image.getpixel((0, 0)), red_or_gray)) <= 2, mode
     assert read_image(tmp_path / "RGB.png").getpixel((0, 0)) == (200, 0, 0)
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("LA", (2, 2), (0, 0)).save(tmp_path / "clear-gray.png")
+    assert read_image(tmp_path / "clear-gray.png").getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     palette.save(tmp_path / "hole.png", transparency=1)

@@ -78,6 +78,25 @@ def test_features_are_the_tokens_after_the_named_block():
     assert torch.equal(v, model(*inputs))
 
 
+def test_features_of_a_block_that_is_not_there_are_refused():
+    model, x = PixNerd(TINY), torch.zeros(1, 3, 16, 16)
+    for number in (-1, 0, TINY.depth + 1):
+        with pytest.raises(ValueError, match=f"features_at is {number}, but the blocks are 1 to {TINY.depth}"):
+            model(x, torch.zeros(1), torch.zeros(1, dtype=torch.long), features_at=number)
+
+
+def test_initialisation_is_the_released_one():
+    """Catches: PyTorch's defaults, of which nothing else here would tell."""
+    torch.manual_seed(0)
+    model = PixNerd(dataclasses.replace(TINY, hidden_size=256, num_heads=4, num_classes=200))
+    patch = model.patch_embed
+    bound = (6 / sum(patch.weight.shape)) ** 0.5  # Xavier's, uniform
+    assert patch.weight.abs().max() <= bound and patch.weight.abs().max() > 0.98 * bound and not patch.bias.any()
+    for layer in (model.class_embed, model.time_embed.mlp[0], model.time_embed.mlp[2]):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.decoder.output.weight.any() and not model.decoder.output.bias.any()
+
+
 @pytest.mark.parametrize("rows,columns", [(4, 4), (2, 6)])
 def test_rotary_table_is_the_released_one(golden, rows, columns):
     table = rotary_table(rows, columns, 16).permute(1, 2, 0)
@@ -215,6 +234,17 @@ def test_packed_weights_give_the_same_numbers(precision, tolerance):
         packed = model(*inputs)
     assert isinstance(model.blocks[0].attn.qkv, PackedLinear) and not isinstance(model.decoder.embed, PackedLinear)
     assert (packed - plain).norm() < tolerance * plain.norm()
+
+
+def test_the_fields_first_layer_is_never_packed():
+    """Its weight is read by itself. Catches: a wide field with many frequencies that cannot be drawn from."""
+    model = PixNerd(dataclasses.replace(TINY, field_width=64, num_freqs=64)).eval()
+    assert model.decoder.embed.weight.numel() >= 2**18
+    inputs = torch.randn(1, 3, 16, 16), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
+    with torch.inference_mode():
+        expected = model(*inputs)
+        freeze(model, "fp32")
+        torch.testing.assert_close(model(*inputs), expected)
 
 
 @pytest.mark.parametrize("change,message", [

@@ -95,6 +95,16 @@ def test_eq_8_to_11_field_equals_a_loop_over_patches_and_pixels(field_norm, enco
     torch.testing.assert_close(field(rgb, s), expected, atol=2e-5, rtol=2e-5)
 
 
+def test_eq_9_each_token_writes_two_matrices_per_block():
+    """From s (N, D) by one linear layer: W1 (N, Dp, r*Dp) from its first half, W2 (N, r*Dp, Dp) from its second."""
+    field, s = NeuralField(12, 4, field_width=5, field_ratio=3, field_depth=1, field_norm="none"), torch.randn(7, 12)
+    block = field.blocks[0]
+    mlps = s @ block.to_weights.weight.T + block.to_weights.bias  # (7, 2*5*15)
+    w1, w2 = block.weights(block.to_weights(s))
+    torch.testing.assert_close(w1, mlps[:, :75].view(7, 5, 15))
+    torch.testing.assert_close(w2, mlps[:, 75:].view(7, 15, 5))
+
+
 def test_eq_10_every_generated_weight_row_has_unit_norm():
     """Also when the hidden state is huge or tiny: the token chooses directions only."""
     for field_norm, expect in (("first", (True, False)), ("both", (True, True)), ("output", (True, True))):

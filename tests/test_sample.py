@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 import device
 import sample
 import samplers
-from checkpoint import save_checkpoint
+from checkpoint import load_model, save_checkpoint
 from data import keyed_generator, to_uint8
 from device import compiler_trouble
 from download import DownloadError
@@ -74,6 +74,19 @@ def test_every_flag_draws(ckpt, tmp_path, monkeypatch, flags):
     height, width = (8, 24) if "--resolution" in flags else (16, 16)
     sheet = pixels(tmp_path / "x.png")
     assert sheet.shape[0] == 2 * (height + 2) + 2 and sheet.shape[1] >= 2 * (width + 2) + 2
+
+
+def test_interval_shift_and_order_are_those_of_the_solver(ckpt, tmp_path, monkeypatch):
+    """The same picture as by hand. Catches: a flag that is read and forgotten."""
+    flags = ["--interval", 0.2, 0.6, "--shift", 2, "--solver", "adams", "--order", 3, "--cfg", 2]
+    draw(monkeypatch, "--ckpt", ckpt, "--class", "b", "--num", 1, "--steps", 6, "--precision", "fp32",
+         "--out", tmp_path / "x", *flags)  # fmt: skip
+    noise = torch.randn(3, 16, 16, generator=keyed_generator(0, 3, 0))[None]
+    model, times = load_model(ckpt), samplers.time_grid(6, 2.0)
+    with torch.inference_mode():
+        x = samplers.adams(samplers.guide(model, torch.tensor([1]), 2.0, (0.2, 0.6)), noise, times, order=3)
+    expected = to_uint8(x)[0].permute(1, 2, 0).numpy()
+    assert abs(pixels(next((tmp_path / "x").iterdir())).astype(int) - expected).max() <= 1
 
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(ckpt, tmp_path, monkeypatch):
@@ -491,6 +504,12 @@ def test_row_23_classes_by_index_and_name_and_their_mistakes():
     (["--upscale", "0"], "must be whole"), (["--upscale", "1/0"], "not a factor"), (["--upscale", "x"], "not a factor"),
     (["--npz", "x.npz", "--num", "10"], "10 images cannot be shared equally by 3 classes: use 12, or --labels random"),
     (["--npz", "x.npz", "--solver", "euler,heun"], "one --solver"), (["--npz", "x.npz", "--gif", "x.gif"], "no --gif"),
+    (["--class=--5"], "'--5' is unknown"), (["--class", "²"], "'²' is unknown"), (["--class", ""], "'' is unknown"),
+    (["--cfg", "nan"], "--cfg a number"), (["--interval", "1", "0.1"], "LOW must be below HIGH"),
+    (["--interval", "nan", "nan"], "LOW must be below HIGH"), (["--seed", "9223372036854775808"], "--seed must be"),
+    (["--gif", "film.mp4"], "must end in .gif"), (["--npz", "x.png"], "must end in .npz"),
+    (["--out", "x.bmp"], "name must end in .png"), (["--out", "x.webp", "--num", "2800"], "its format ends at 16383"),
+    (["--out", "x.jpg", "--num", "11000"], "its format ends at 65500"), (["--ckpt", "."], "is a folder"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_mistakes_get_one_line(ckpt, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
@@ -516,16 +535,17 @@ def test_upscale_of_a_linear_decoder_is_refused():
 @pytest.mark.parametrize("flag,name,reason", [
     ("--out", "file/x.png", "cannot be written"), ("--out", "file", "cannot be written"),
     ("--gif", "file/x.gif", "cannot be written"), ("--npz", "file/x.npz", "cannot be written"),
-    ("--out", "folder.png", "is a folder"), ("--npz", "folder.png", "is a folder"),
+    ("--out", "folder.png", "is a folder"), ("--npz", "folder.npz", "is a folder"),
 ])  # fmt: skip
 def test_row_15_unwritable_output_is_found_before_drawing(ckpt, tmp_path, monkeypatch, capsys, flag, name, reason):
     (tmp_path / "file").write_text("in the way")
-    (tmp_path / "folder.png").mkdir()
+    for folder in ("folder.png", "folder.npz"):
+        (tmp_path / folder).mkdir()
     monkeypatch.setattr(samplers, "euler", None)  # drawing would fail
     flags = ["--ckpt", ckpt, "--class", "a", "--out", tmp_path / "x.png", flag, tmp_path / name]
     line = complaint(monkeypatch, capsys, *flags)
     assert f"{flag} {tmp_path / name}" in line and reason in line
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.npz", "folder.png"]
 
 
 @pytest.mark.parametrize("error,line", [

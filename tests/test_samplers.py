@@ -133,6 +133,13 @@ def test_eq_3_one_step_is_the_stated_formula():
     torch.testing.assert_close(first[1], expected)
 
 
+def test_eq_3_the_last_step_adds_no_noise():
+    """Of the single step of a grid of two times, nothing is left to chance: Euler's x + v dt."""
+    noise, times = torch.randn(2, 3, 4, 4), torch.tensor([0.4, 1.0])
+    drawn = euler_maruyama(lambda x, t: x * 2, noise, times)
+    torch.testing.assert_close(drawn, noise + 2 * noise * 0.6)
+
+
 def test_eq_3_one_generator_per_image_makes_images_independent_of_the_batch():
     noise, times = torch.randn(3, 1), time_grid(5)
     together = euler_maruyama(gaussian, noise, times, [torch.Generator().manual_seed(i) for i in range(3)])

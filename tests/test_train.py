@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from PIL import Image
 
 import previews
 import sample
-from checkpoint import load_checkpoint
-from data import from_uint8, open_dataset
+from checkpoint import load_checkpoint, save_checkpoint
+from data import TrainingSamples, from_uint8, open_dataset
 from flow import flow_matching_loss, interpolate, sample_time
 from inception import InceptionV3
 from model import PixNerd
@@ -172,6 +173,27 @@ def test_metrics_previews_and_dry_run(tmp_path):
         assert word in stdout
 
 
+def test_the_average_follows_the_weights(tmp_path):
+    """EMA after a step = 0.9 EMA before + 0.1 weights after. Catches: an average that is never taken."""
+    after = [train(tmp_path / str(steps), "--steps", steps, "--ema", "0.9")[0] or last(tmp_path / str(steps))
+             for steps in (1, 2)]  # fmt: skip
+    for key, value in after[1]["ema"].items():
+        torch.testing.assert_close(value, 0.9 * after[0]["ema"][key] + 0.1 * after[1]["model"][key])
+    assert not torch.equal(after[0]["ema"]["decoder.output.bias"], after[0]["model"]["decoder.output.bias"])
+
+
+def test_the_loss_is_told_by_time_and_the_cosine_falls_to_zero(tmp_path):
+    """The bins that hold a number are those of the four samples' times, and no others."""
+    out = tmp_path / "run"
+    assert train(out, "--steps", 4, "--schedule", "cosine", "--log-every", 1)[0] == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    samples = TrainingSamples(open_dataset("emoji", 32), seed=0)
+    for step, line in enumerate(lines):
+        times = {int(samples[4 * step + slot]["t"] * 10) for slot in range(4)}
+        assert {place for place, loss in enumerate(line["loss_by_time"]) if loss is not None} == times
+        assert line["lr"] == pytest.approx(3e-3 * min(1, (step + 1) / 21) * (1 + math.cos(math.pi * step / 4)) / 2)
+
+
 # ---- it survives -----------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +270,52 @@ def test_kept_crops_change_nothing(folder, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
+def test_row_1_what_a_kill_after_the_last_save_left_undone_is_made_up_for(tmp_path):
+    """The second name of the checkpoint, and the preview. Catches: "nothing to do" beside a stale last.pt."""
+    out, flags = tmp_path / "run", ("--preview-every", 2)
+    for steps in (2, 4):
+        assert train(out, "--steps", steps, *flags)[0] == 0
+    (out / "last.pt").unlink()
+    os.link(out / "step-00000002.pt", out / "last.pt")
+    picture = (out / "previews" / "step-00000004.png").read_bytes()
+    (out / "previews" / "step-00000004.png").unlink()
+    assert "nothing to do" in train(out, "--steps", 4, *flags)[1]
+    assert last(out)["step"] == 4
+    assert (out / "previews" / "step-00000004.png").read_bytes() == picture
+
+
+def test_another_weight_decay_counts_from_the_next_step_on(tmp_path):
+    """As another --lr does. Catches: the one that came with the optimizer's state."""
+    for name, flags in (("same", ()), ("other", ("--weight-decay", 0.5))):
+        assert train(tmp_path / name, "--steps", 1)[0] == 0
+        assert train(tmp_path / name, "--steps", 2, *flags)[0] == 0
+    weights = [last(tmp_path / name)["model"]["patch_embed.weight"] for name in ("same", "other")]
+    before = load_checkpoint(tmp_path / "same" / "step-00000001.pt")["model"]["patch_embed.weight"]
+    rate = 3e-3 * 2 / 21  # of the second step of the warm-up
+    torch.testing.assert_close(weights[1], weights[0] - rate * 0.5 * before, atol=1e-7, rtol=1e-5)
+
+
+def test_init_is_for_the_start_only_and_refuses_another_function(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "run"
+    assert train(source, "--steps", 1, "--field-norm", "none")[0] == 0
+    start_file = tmp_path / "start.pt"
+    os.rename(source / "last.pt", start_file)
+    assert "field_norm='none'" in refuses(out, "--steps", 1, "--init", start_file)  # the shapes are the same
+    flags = ("--field-norm", "none", "--init", start_file)
+    assert "starting from" in train(out, "--steps", 1, *flags)[1]
+    start_file.unlink()
+    status, stdout, stderr = train(out, "--steps", 2, *flags)
+    assert status == 0 and "resuming" in stdout and "starting from" not in stdout, stderr
+
+
+def test_weights_alone_are_no_run_to_go_on_with(tmp_path):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 1)[0] == 0
+    (out / "step-00000001.pt").unlink()
+    save_checkpoint(out / "last.pt", {key: last(out)[key] for key in ("format", "config", "ema")})
+    assert "weights only" in refuses(out, "--steps", 2)
+
+
 def test_resuming_a_finished_run_does_nothing(uninterrupted):
     before = (uninterrupted / "last.pt").stat().st_mtime_ns
     status, stdout, _ = train(uninterrupted, "--steps", 8, "--save-every", 3)
@@ -309,6 +377,14 @@ def test_row_22_class_folders_of_another_number_are_refused_before_step_1(folder
     (folder / "eel").mkdir()
     Image.new("RGB", (32, 32)).save(folder / "eel" / "0.png")
     assert "num_classes=2" in refuses(out, "--steps", 2, "--data", folder)
+    for wanted in (2, 4):  # one fewer, one more
+        message = refuses(tmp_path / "new", "--steps", 1, "--data", folder, "--num-classes", wanted)
+        assert f"has 3 classes, not --num-classes {wanted}" in message
+    shutil.rmtree(folder / "eel")
+    for picture in (folder / "dog").iterdir():
+        picture.rename(folder / "cat" / f"dog {picture.name}")
+    (folder / "dog").rmdir()
+    assert "num_classes=2" in refuses(out, "--steps", 2, "--data", folder)
 
 
 def test_row_24_and_31_bad_data_sets_are_named(folder, tmp_path):
@@ -320,6 +396,27 @@ def test_row_24_and_31_bad_data_sets_are_named(folder, tmp_path):
         assert "0.png" in refuses(out, "--data", folder, "--steps", 9, "--workers", workers)
     (folder / "empty").mkdir()
     assert "empty holds no" in refuses(out, "--data", folder)
+
+
+@pytest.mark.parametrize("flags", [
+    "--lr nan", "--lr -1", "--lr 0", "--weight-decay -1", "--clip -1", "--clip nan", "--warmup -1", "--workers -1",
+    "--seed 9223372036854775808", "--seed -1", "--shift inf", "--shift nan", "--ema 1", "--drop-label nan", "--repa -1",
+    "--timeout 0", "--save-every -1", "--log-every -1", "--preview-every -2", "--eval-every -1", "--eval-num 1",
+    "--keep 0", "--micro-batch 0", "--batch-size 0", "--steps 0", "--dino x.pth", "--eval-ref x.npz",
+    "--inception x.pth", "--eval-every 5 --inception x.pth",
+])  # fmt: skip
+def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flags):
+    message = refuses(tmp_path / "run", *flags.split())
+    assert flags.split()[-2] in message and not (tmp_path / "run").exists()
+
+
+def test_evaluations_that_cannot_run_are_refused_at_the_start(tmp_path):
+    out = tmp_path / "run"
+    assert "--eval-num must be at least 128" in refuses(out, "--eval-every", 1, "--eval-num", 100)
+    assert "nowhere.npz" in refuses(out, "--eval-every", 1, "--eval-ref", tmp_path / "nowhere.npz")
+    flags = ("--eval-every", 1, "--eval-ref", "emoji", "--inception", tmp_path / "nowhere.pth")
+    assert "nowhere.pth" in refuses(out, *flags)
+    assert not out.exists()
 
 
 def test_impossible_flags_are_named(tmp_path):
