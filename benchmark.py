@@ -1,6 +1,6 @@
 """How fast is it, against the fastest that this machine multiplies matrices? Each figure as a share of that rate.
 
-    python benchmark.py                  # training step of Nano, the defaults of train.py: a minute
+    python benchmark.py                  # training step of a Nano in the shape that others use: a minute
     python benchmark.py --only L-forward XL-forward guided L-train image memory cost
     python benchmark.py --only loader metrics                # of data and evaluation
     python benchmark.py --list

@@ -96,8 +96,9 @@ def unpatchify(patches, rows, height, width):
 def rotary_table(rows, columns, head_width, device=None):
     """Cosines and sines that turn queries and keys by their place in the image: (2, L, Dh/2), float32.
 
-    Places run from 0 to 16 along each axis whatever the number of tokens (so a larger grid interpolates), and the
-    frequencies are 10000^(-k/Dh) for k = 0, 4, 8, ...; pair 2j turns by x * f_j, pair 2j+1 by y * f_j (released model).
+    Places run from 0 to 16 along each axis whatever the number of tokens (16 is the grid of the released model at 256
+    pixels; a larger one interpolates), and the frequencies are 10000^(-k/Dh) for k = 0, 4, 8, ...; pair 2j turns by
+    x * f_j, pair 2j+1 by y * f_j (released model).
     """
     freqs = 1 / 10000 ** (torch.arange(0, head_width, 4, device=device) / head_width)  # (Dh/4)
     y = torch.linspace(0, 16, rows, device=device).view(rows, 1, 1) * freqs  # (rows, 1, Dh/4)
@@ -249,9 +250,10 @@ class PixNerd(nn.Module):
         if H % rows or W % columns:
             raise ValueError(f"{rows}x{columns} tokens cannot share an image of {H}x{W} pixels equally")
         height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
-        trunk_x = x  # (B, C, rows*P, columns*P)
+        trunk_x = x  # (B, C, rows*P, columns*P), or after the next two lines
         if (height, width) != (P, P):
-            trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P), nearest, as released
+            # Nearest, as released: an average of neighbours would shrink the noise, and the trunk would see another t.
+            trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P)
 
         h = self.patch_embed(patchify(trunk_x, P, P).flatten(2))  # (B, L, D)
         t_emb = self.time_embed(t)  # (B, D)
@@ -279,7 +281,7 @@ class PixNerd(nn.Module):
                 # others, and nothing would be saved; for an eighth of the patches at a time, an eighth is there. What
                 # the tokens wrote is kept: it takes most of the field's arithmetic and a small part of its memory.
                 written = [block.to_weights(s).chunk(8) for block in self.decoder.blocks]  # 8 x (B*L/8, 2*Dp*r*Dp) each
-                eighths = zip(rgb.chunk(8), zip(*written))
+                eighths = zip(rgb.chunk(8), zip(*written))  # 8 pairs: some pixels, and of each block what they need
                 v = torch.cat([checkpoint(self.decoder, some_rgb, None, (height, width), some_written,
                                           use_reentrant=False) for some_rgb, some_written in eighths])  # (B*L, P2, C)
             v = v.transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)

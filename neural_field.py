@@ -133,14 +133,14 @@ class NeuralField(nn.Module):
         return ENCODINGS[self.encoding](height, width, self.num_freqs).to(self.trained_encoding)  # (height*width, E)
 
     def forward(self, rgb, s, size=None, written=None):
-        """rgb (N, P2, C): noisy pixels, row by row. s (N, D): SiLU of the hidden states. -> velocity (N, P2, C).
+        """rgb (N, P2, C): noisy pixels, row by row. s (N, D): what the tokens tell, SiLU(hidden + time). -> (N, P2, C).
 
         `size` (height, width): the pixels of a patch, where it is not the trained P x P (then P2 = height*width).
         `written`: the `mlps` of each block, where they are at hand; s is then not used.
         """
         height, width = size or (self.patch_size, self.patch_size)
-        # The input of a pixel is [colour, encoding]. Only the colour differs between patches, so the encoding's
-        # share of the linear layer is worked out once for all N: the same numbers, 22 times fewer operations.
+        # Eq. 8 is self.embed of [colour, encoding]. Only the colour differs between patches, so the encoding's share of
+        # it is worked out once for all N: the same numbers with 3 products per output and pixel in the place of 67.
         colour_weight, place_weight = self.embed.weight.tensor_split([self.channels], dim=1)  # (Dp, C), (Dp, E)
         place = F.linear(self.encode(height, width), place_weight, self.embed.bias)  # (P2, Dp)
         z = F.linear(rgb, colour_weight) + place  # (N, P2, Dp)

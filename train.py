@@ -206,7 +206,12 @@ def start_from(model, path):
         weights["class_embed.weight"] = model.class_embed.weight
         note += (f"; its class embedding was for {source.config.num_classes} classes, this run has "
                  f"{model.config.num_classes}: made anew")  # fmt: skip
-    load_weights(model, weights, path)
+    try:
+        load_weights(model, weights, path)
+    except CheckpointError as error:
+        shape = ("patch_size", "hidden_size", "depth", "field_width", "field_ratio", "field_depth", "num_freqs")
+        flags = (f"--{name.replace('_', '-')} {getattr(source.config, name)}" for name in shape)
+        raise CheckpointError(f"{error}; it was trained with {' '.join(flags)}")
     return note
 
 
@@ -424,8 +429,8 @@ def main():
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if args.clip:
             nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
-        # What is not finite on one rank stops the updates on all, and all know whose loss it was: the lowest such rank
-        # has the largest world - rank; 0 is nobody's.
+        # The sums for the log tell as well whether all losses were finite. One that was not stops the updates on all
+        # ranks, and all know whose it was: the lowest such rank has the largest world - rank; 0 is nobody's.
         culprit = torch.where(bins.isfinite().all(), 0, world - rank)
         if world > 1:
             dist.all_reduce(culprit, dist.ReduceOp.MAX)
@@ -433,7 +438,7 @@ def main():
         first_bad = torch.where(bad & (first_bad[0] == 0), torch.stack([bad * (step + 1), culprit]), first_bad)
         found_inf = (first_bad[0] > 0).float()
         for optimizer in optimizers:
-            optimizer.found_inf = found_inf
+            optimizer.found_inf = found_inf  # read by fused AdamW and by Muon: at 1, step() changes nothing
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():  # else the average would remember, and keep in memory, every step that made it

@@ -157,6 +157,8 @@ def test_row_12_pickled_code_is_refused_and_does_not_run(tmp_path):
     for command in (
         ["sample.py", "--ckpt", tmp_path / "evil.pt"],
         ["checkpoint.py", "export", tmp_path / "evil.pt", "y"],
+        ["emoji_metric.py", tmp_path / "evil.pt"],
+        ["train.py", "--init", tmp_path / "evil.pt", "--out", tmp_path / "run"],
     ):
         done = subprocess.run(
             [sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, timeout=60

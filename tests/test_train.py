@@ -349,7 +349,17 @@ def test_row_17_a_checkpoint_of_another_configuration_names_the_field(uninterrup
     for flags, field, old, new in ((["--field-width", 4], "field_width", 8, 4), (["--seed", 5], "seed", 0, 5),
                                    (["--batch-size", 8], "batch_size", 4, 8),
                                    (["--resolution", 64], "resolution", 32, 64),
-                                   (["--field-norm", "both"], "field_norm", "'output'", "'both'")):  # fmt: skip
+                                   (["--field-norm", "both"], "field_norm", "'output'", "'both'"),
+                                   (["--patch-size", 8], "patch_size", 16, 8),
+                                   (["--hidden-size", 64], "hidden_size", 128, 64), (["--depth", 2], "depth", 8, 2),
+                                   (["--decoder", "linear"], "decoder", "'field'", "'linear'"),
+                                   (["--field-depth", 2], "field_depth", 1, 2),
+                                   (["--field-ratio", 2], "field_ratio", 1, 2),
+                                   (["--encoding", "sincos"], "encoding", "'dct'", "'sincos'"),
+                                   (["--num-freqs", 4], "num_freqs", 6, 4), (["--augment"], "augment", False, True),
+                                   (["--optimizer", "muon"], "optimizer", "'adamw'", "'muon'"),
+                                   (["--drop-label", 0.5], "drop_label", 0.1, 0.5),
+                                   (["--shift", 2], "shift", 1.0, 2.0)):  # fmt: skip
         message = refuses(uninterrupted, "--steps", 9, *flags)
         assert f"{field}={old}" in message and str(new) in message
 
