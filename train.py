@@ -76,6 +76,29 @@ class TrainingError(RuntimeError):
     """Training cannot go on. One line: what happened, where, and what was saved."""
 
 
+def number(kind, fits, range_):
+    """A type for argparse: int or float, where fits(value); the error names the flag and the range in words."""
+
+    def read(text):
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {range_}")
+        return value
+
+    read.__name__ = kind.__name__  # for what is no number at all
+    return read
+
+
+# Each asks so that "not a number", which is neither above nor below anything, is refused.
+COUNT = number(int, lambda value: 1 <= value < 2**63, "at least 1")
+FROM_0 = number(int, lambda value: 0 <= value < 2**63, "at least 0")
+SHARE = number(float, lambda value: 0 <= value <= 1, "in [0, 1]")
+BELOW_1 = number(float, lambda value: 0 <= value < 1, "in [0, 1)")
+ABOVE_0 = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
+POSITIVE = number(float, lambda value: 0 < value < math.inf, "above 0")
+NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0")
+
+
 def parse_args(argv=None):
     """The command line. Flags that are left out take the recipe of the size: NANO, or PAPER for all others."""
     parser = argparse.ArgumentParser(description="Train PixNerd. Running the same command again resumes.")
@@ -86,26 +109,26 @@ def parse_args(argv=None):
 
     add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
     add("--data", help="emoji, a folder of class folders, or an uncompressed tar of one (default: emoji for Nano)")
-    add("--resolution", type=int, help="side of the training images in pixels " + recipe("resolution"))
-    add("--batch-size", type=int, help="images per step over all processes " + recipe("batch_size"))
-    add("--micro-batch", type=int, help="images per forward pass and process; gradients add up (default: all)")
+    add("--resolution", type=COUNT, help="side of the training images in pixels " + recipe("resolution"))
+    add("--batch-size", type=COUNT, help="images per step over all processes " + recipe("batch_size"))
+    add("--micro-batch", type=COUNT, help="images per forward pass and process; gradients add up (default: all)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="train until this step " + recipe("steps"))
-    length.add_argument("--epochs", type=float, help="instead: until every image was seen so many times")
-    add("--lr", type=float, help="learning rate " + recipe("lr"))
+    length.add_argument("--steps", type=COUNT, help="train until this step " + recipe("steps"))
+    length.add_argument("--epochs", type=POSITIVE, help="instead: until every image was seen so many times")
+    add("--lr", type=POSITIVE, help="learning rate " + recipe("lr"))
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
-    add("--warmup", type=int, help="steps over which the learning rate rises from 0")
+    add("--warmup", type=FROM_0, help="steps over which the learning rate rises from 0")
     add("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the blocks " + recipe("optimizer"))
-    add("--weight-decay", type=float, default=0.0)
-    add("--clip", type=float, default=0.0, help="largest norm of the gradient (0: no limit, as in the paper)")
-    add("--ema", type=float, help="decay of the averaged weights per step " + recipe("ema"))
-    add("--drop-label", type=float, default=0.1, help="share of samples trained without their class, for guidance")
-    add("--shift", type=float, default=1.0, help="time shift of the training times")
-    add("--repa", type=float, default=0.0, help="weight of the alignment with DINOv2 (0: none; the paper: 0.5)")
-    add("--repa-block", type=int, default=8, help="the block whose output is aligned, counted from 1")
+    add("--weight-decay", type=NOT_NEGATIVE, default=0.0)
+    add("--clip", type=NOT_NEGATIVE, default=0.0, help="largest norm of the gradient (0: no limit, as in the paper)")
+    add("--ema", type=BELOW_1, help="decay of the averaged weights per step " + recipe("ema"))
+    add("--drop-label", type=SHARE, default=0.1, help="share of samples trained without their class, for guidance")
+    add("--shift", type=POSITIVE, default=1.0, help="time shift of the training times")
+    add("--repa", type=NOT_NEGATIVE, default=0.0, help="weight of the alignment with DINOv2 (0: none; the paper: 0.5)")
+    add("--repa-block", type=COUNT, default=8, help="the block whose output is aligned, counted from 1")
     add("--dino", help="DINOv2 weights (default: ViT-B/14, downloaded once)")
     add("--init", help="start from the weights of this checkpoint, ours or released (fine-tuning)")
-    add("--num-classes", type=int, help="refuse data with another number of classes (default: take what is there)")
+    add("--num-classes", type=COUNT, help="refuse data with another number of classes (default: take what is there)")
     add("--augment", action="store_true", help="random crop and flip in place of the centre crop")
     add("--cache-crops", help="a folder for the cropped pictures, so that each is decoded once (252 GB for ImageNet)")
     add("--patch-size", type=int, help="instead of the preset's")
@@ -123,64 +146,43 @@ def parse_args(argv=None):
         help="torch.compile each repeated block (auto: where it works; on: an error where not)")  # fmt: skip
     add("--recompute", choices=RECOMPUTE, default="none", help="activations made again to save memory")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--workers", type=int, help="loader processes per process (default: 0 for emoji, else up to 8)")
-    add("--timeout", type=float, default=1800.0, help="seconds of waiting for another process, as while it saves")
+    add("--workers", type=FROM_0, help="loader processes per process (default: 0 for emoji, else up to 8)")
+    add("--timeout", type=POSITIVE, default=1800.0, help="seconds of waiting for another process, as while it saves")
     add("--out", help="folder of the run (default: runs/SIZE)")
-    add("--save-every", type=int, help="steps between checkpoints (0: only at the end)")
-    add("--keep", type=int, default=2, help="checkpoints kept, at least 2")
-    add("--preview-every", type=int, help="steps between previews (0: none)")
-    add("--eval-every", type=int, default=0, help="steps between evaluations of EMA samples (0: none)")
-    add("--eval-num", type=int, default=1000, help="samples drawn for an evaluation")
+    add("--save-every", type=FROM_0, help="steps between checkpoints (0: only at the end)")
+    add("--keep", type=COUNT, default=2, help="checkpoints kept, at least 2")
+    add("--preview-every", type=FROM_0, help="steps between previews (0: none)")
+    add("--eval-every", type=FROM_0, default=0, help="steps between evaluations of EMA samples (0: none)")
+    add("--eval-num", type=COUNT, default=1000, help="samples drawn for an evaluation")
     add("--eval-ref", help="what FID compares with: a reference npz, or a file of eval_fid.py --save-stats. "
         "Without it, on the emoji, the emoji distance (emoji_metric.py) is logged instead")  # fmt: skip
     add("--inception", help="weights of the FID network (default: downloaded once)")
-    add("--log-every", type=int, help="steps between metrics (0: only with a checkpoint)")
+    add("--log-every", type=FROM_0, help="steps between metrics (0: only with a checkpoint)")
     add("--tensorboard", action="store_true", help="log to OUT/tensorboard as well (pip install tensorboard)")
     add("--wandb", action="store_true", help="log to Weights & Biases as well (pip install wandb)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=FROM_0, default=0)
     add("--accept-changed-data", action="store_true", help="resume although pictures were added, removed or renamed")
     add("--dry-run", action="store_true", help="print the configuration and what it costs, and stop")
     planned = parser.add_argument_group("with --dry-run, the cost on another machine")
-    planned.add_argument("--world-size", type=int, help="number of GPUs (default: the processes at hand)")
+    planned.add_argument("--world-size", type=COUNT, help="number of GPUs (default: the processes at hand)")
     planned.add_argument("--gpu", choices=PEAKS, help="kind of GPU, for the time that it takes")
-    planned.add_argument("--mfu", type=float, help=f"share of its peak that training reaches (default: {MFU})")
-    planned.add_argument("--bandwidth", type=float, help="GB/s from GPU to GPU (default: NVLink's)")
+    planned.add_argument("--mfu", type=ABOVE_0, help=f"share of its peak that training reaches (default: {MFU})")
+    planned.add_argument("--bandwidth", type=POSITIVE, help="GB/s from GPU to GPU (default: NVLink's)")
     args = parser.parse_args(argv)
-
-    def refuse(name, must):
-        parser.error(f"--{name.replace('_', '-')} {must}")
-
     for name in ("world_size", "gpu", "mfu", "bandwidth"):
         if getattr(args, name) is not None and not args.dry_run:
-            refuse(name, "is for planning: add --dry-run, or leave it out")
-    for name, needed in (("dino", "repa"), ("eval_ref", "eval_every"), ("inception", "eval_ref")):
-        if getattr(args, name) is not None and not getattr(args, needed):
-            refuse(name, f"does nothing without --{needed.replace('_', '-')}: add it, or leave both out")
+            parser.error(f"--{name.replace('_', '-')} is for planning: add --dry-run, or leave it out")
+    for name, needed in (("dino", "repa"), ("eval-ref", "eval-every"), ("inception", "eval-ref")):
+        if getattr(args, name.replace("-", "_")) is not None and not getattr(args, needed.replace("-", "_")):
+            parser.error(f"--{name} does nothing without --{needed}: add it, or leave both out")
     for name, value in (NANO if args.size == "Nano" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.data is None:
         parser.error(f"--size {args.size} needs --data: a folder of class folders like ImageNet's, or a tar of one")
-    # Written so that "not a number" is refused as well. A flag that was left out (None) is fine.
-    for name in ("batch_size", "micro_batch", "steps", "world_size", "keep"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            refuse(name, "must be at least 1")
-    for name in ("warmup", "weight_decay", "clip", "repa", "save_every", "preview_every", "eval_every", "log_every",
-                 "workers", "seed"):  # fmt: skip
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 2**63:
-            refuse(name, "must be at least 0, and finite")
-    for name in ("lr", "epochs", "shift", "timeout", "bandwidth"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            refuse(name, "must lie above 0")
-    if not 0 <= args.drop_label <= 1 or not 0 <= args.ema < 1:
-        parser.error("--drop-label must lie in [0, 1] and --ema in [0, 1)")
-    if args.eval_num < 2:
-        refuse("eval_num", "must be at least 2")
     if args.cache_crops and (args.augment or args.data == "emoji"):
         parser.error("--cache-crops keeps centre crops of files: leave it out with --augment, and with --data emoji")
     args.mfu = MFU if args.mfu is None else args.mfu
-    if not 0 < args.mfu <= 1:
-        parser.error("--mfu must lie in (0, 1]")
     args.out = args.out or f"runs/{args.size}"
     choices = ("resolution", "patch_size", "hidden_size", "depth", "decoder", "field_norm", "field_width",
                "field_ratio", "field_depth", "encoding", "num_freqs")  # fmt: skip
@@ -280,8 +282,9 @@ def main():
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
     if args.eval_every and args.eval_ref is None and (args.data, args.resolution) != ("emoji", emoji_metric.SIDE):
         raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
-    if args.eval_every and args.eval_ref is None and args.eval_num < emoji_metric.MINIMUM:
-        raise DataError(f"--eval-num must be at least {emoji_metric.MINIMUM} for the emoji distance")
+    least = 2 if args.eval_ref else emoji_metric.MINIMUM
+    if args.eval_every and args.eval_num < least:
+        raise DataError(f"--eval-num must be at least {least} for this evaluation")
     if args.eval_ref:  # found out now, not at the first evaluation
         open_pictures(args.eval_ref, args.resolution)
         load_inception(args.inception)

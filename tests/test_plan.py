@@ -141,5 +141,5 @@ def test_a_cluster_is_planned_without_the_data(tmp_path):
 def test_planning_flags_without_dry_run_are_mistakes(tmp_path):
     for flags in (("--world-size", 8), ("--gpu", "a100"), ("--mfu", 0.5), ("--bandwidth", 25)):
         assert f"{flags[0]} is for planning: add --dry-run" in refuses(tmp_path / "run", *flags)
-    assert "--mfu must lie in (0, 1]" in refuses(tmp_path / "run", "--dry-run", "--mfu", 40)
+    assert "--mfu: 40 is not in (0, 1]" in refuses(tmp_path / "run", "--dry-run", "--mfu", 40)
     assert "3 processes" in refuses(tmp_path / "run", "--dry-run", "--world-size", 3)
