@@ -410,14 +410,14 @@ def main():
         return print("\n".join(FIGURES))
     device = pick_device(args.device)
     precisions = ["fp32", "bf16"] if args.precision == "both" else [pick_precision(args.precision, device)]
-    trouble = compiler_trouble() if args.compile == "both" else "not wanted"
+    trouble = compiler_trouble(device) if args.compile == "both" else "not wanted"
     if trouble:
         print(f"without compilation: {trouble}")
     bench = Bench(device, precisions, not trouble)
     keep_memory()  # as train.py and sample.py do; "image" and "memory" measure in processes of their own
     for name in args.only:
         FIGURES[name](bench)
-    default = "eager" if compiler_trouble() else "compiled"
+    default = "eager" if compiler_trouble(device) else "compiled"
     print(f"the defaults of train.py here: {pick_precision('auto', device)}, {default}")
 
 

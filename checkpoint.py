@@ -23,6 +23,7 @@ import zlib
 
 import torch
 
+from download import damaged_record
 from model import PixNerd, PixNerdConfig
 
 FORMAT = "pixnerd 1"
@@ -100,10 +101,7 @@ def load_checkpoint(path, mmap=False):
         raise FileNotFoundError(f"{path} is a folder: name the file in it, such as last.pt" if path.is_dir() else
                                 f"there is no checkpoint {path}")  # fmt: skip
     try:
-        with zipfile.ZipFile(path) as archive:
-            # One flipped bit makes a record a folder; torch would not read it and give whatever is in memory.
-            folders = (record.filename for record in archive.infolist() if record.external_attr & 0x10)
-            damaged = next(folders, None) or archive.testzip()
+        damaged = damaged_record(path)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk's trouble, not the file's
             raise
@@ -136,6 +134,8 @@ def load_weights(module, state_dict, path, assign=False):
             raise CheckpointError(f"{path} has the weight {key}, which this architecture does not")
         if own[key].shape != tensor.shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
+        if own[key].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {key} holds {tensor.dtype}, not {own[key].dtype}")
     module.load_state_dict(state_dict, assign=assign)
 
 
@@ -192,15 +192,13 @@ def checked_config(state, path):
 def save_run(folder, state, keep=2):
     """Saves state as folder/step-N.pt, also called last.pt, then prunes to the newest `keep` (at least 2).
 
-    Old files go only after the new one is safe. A file of a later step is a damaged one that was passed over: it does
-    not count, and is written again when the run gets there. Raises OSError.
+    Old files go only after the new one is safe. Raises OSError.
     """
     folder = pathlib.Path(folder)
     path = folder / f"step-{state['step']:08d}.pt"
     save_checkpoint(path, state)
     name_last(path)
-    so_far = [saved for saved in run_checkpoints(folder) if saved.name <= path.name]
-    for old in [*so_far[max(2, keep) :], *folder.glob("*.pt.tmp")]:
+    for old in [*run_checkpoints(folder)[max(2, keep) :], *folder.glob("*.pt.tmp")]:
         old.unlink(missing_ok=True)
     return path
 
@@ -214,6 +212,9 @@ def name_last(path):
     last, link = path.with_name("last.pt"), path.with_name("last.pt.tmp")
     if last.exists() and last.samefile(path):
         return
+    found, wanted = last.stat() if last.exists() else None, path.stat()
+    if found and found.st_size == wanted.st_size and found.st_mtime_ns >= wanted.st_mtime_ns:
+        return  # a copy
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
@@ -223,24 +224,36 @@ def name_last(path):
     sync_folder(path.parent)
 
 
+def go_on_from(path):
+    """Tidies the folder of a run that was resumed from the checkpoint `path`. Raises OSError.
+
+    Newer files were passed over as damaged: they become step-N.damaged, or they would count among those to be kept and
+    push out a sound one. And last.pt is made what it was to be, if a kill came between a save and its second name.
+    """
+    for newer in run_checkpoints(path.parent):
+        if newer.name > path.name:  # true of all for "last.pt"
+            newer.rename(newer.with_suffix(".damaged"))
+    if path.name != "last.pt":
+        name_last(path)
+
+
 def run_checkpoints(folder):
     """The step-N.pt files of a run's folder, newest first."""
     return sorted(pathlib.Path(folder).glob("step-*.pt"), reverse=True)
 
 
-def load_run(folder, warn=print):
+def load_run(folder, warn=print, mmap=False):
     """(path, state) of the newest sound checkpoint in a run's folder, or None where there is none yet.
 
     A damaged one is passed over with a warning, for the one before it; last.pt comes last, for a folder that has only
-    that. All damaged is a CheckpointError, never a silent restart from zero. The tensors stay in the file until they
-    are used, so that the processes of a machine share one copy of it in memory.
+    that. All damaged is a CheckpointError, never a silent restart from zero. mmap: as in `load_checkpoint`.
     """
     paths, last = run_checkpoints(folder), pathlib.Path(folder) / "last.pt"
     if last.exists() and not any(last.samefile(path) for path in paths):
         paths.append(last)
     for path in paths:
         try:
-            return path, load_checkpoint(path, mmap=True)
+            return path, load_checkpoint(path, mmap)
         except CheckpointError as error:
             warn(f"warning: {error}; trying the one before")
     if paths:

@@ -17,6 +17,7 @@ import shutil
 import zlib
 
 import numpy as np
+import PIL
 import torch
 
 from picture_index import DataError
@@ -32,7 +33,8 @@ class CropCache:
     """
 
     def __init__(self, folder, name, count, resolution):
-        key = hashlib.sha256(f"{name} {count} {resolution}".encode()).hexdigest()[:16]
+        # Another Pillow may round otherwise; then the crops are made anew.
+        key = hashlib.sha256(f"{name} {count} {resolution} {PIL.__version__}".encode()).hexdigest()[:16]
         self.path, self.side = os.path.join(folder, f"crops-{resolution}-{key}"), resolution
         self.record = HEADER + 3 * resolution**2
         needed = count * self.record

@@ -36,6 +36,7 @@ from picture_index import DataError, index_pictures, pictures_below, tar_members
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image makes errors of them
 EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
 
 
@@ -69,10 +70,10 @@ def read_image(path, content=None):
     completely: nothing is ever put in its place.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow refuses headers that claim over 179 million pixels and warns above 89; here both are errors.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path if content is None else io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
+        image = Image.open(path if content is None else io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
+        # Pillow refuses headers that claim over 179 million pixels and warns above 89; here both are errors.
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
             image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
@@ -80,7 +81,7 @@ def read_image(path, content=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy an RGB picture too
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise DataError(
             f"{path} claims to be larger than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: remove it"
         )
@@ -347,7 +348,7 @@ def fetch_imagenette(folder):
     The archive lands beside `folder`; a broken download goes on where it stopped. Prints how to train on it. Raises
     DataError, and OSError with one line (DownloadError is one).
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).absolute()
     if (folder / "train").is_dir():
         print(f"{folder} is there already, whole: nothing to do")
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -7,6 +7,7 @@ device, but for one line of the attention in model.py.
 import contextlib
 import ctypes
 import os
+import re
 import time
 
 import torch
@@ -54,6 +55,18 @@ def autocast(device, precision):
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def full_float32():
+    """Within it, GPUs compute in full float32: TF32 would keep 10 bits of a number, too few for FID."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class PackedLinear(torch.nn.Module):
@@ -139,7 +152,7 @@ def synchronize(device):
 def peak_flops(device):
     """Data-sheet bf16 FLOP/s of this GPU, or None where PEAKS does not know it."""
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
+    return next((peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)  # not the A1000
 
 
 def available_memory(device):

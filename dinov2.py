@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from download import cached_download
+from download import cached_download, damaged_record
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
 
@@ -208,11 +208,8 @@ def load_dinov2(path=None, num_heads=None):
 def _read(path):
     """What is in the file: nothing in it is executed (weights_only), and every byte is checked."""
     try:
-        # torch.load does not look at the checksums that the zip format keeps, so a flipped bit would pass.
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise zipfile.BadZipFile("a checksum does not match")
+        if zipfile.is_zipfile(path) and damaged_record(path):
+            raise zipfile.BadZipFile("a checksum does not match")
         return torch.load(path, map_location="cpu", weights_only=True)
     # All that foreign or damaged bytes raise. torch's text is long and advises weights_only=False: not shown.
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError,

@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 
 import torch
 from tqdm import tqdm
@@ -35,6 +36,17 @@ DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, Ti
 
 class DownloadError(OSError):
     """The file could not be fetched; the message is one line that says how to put it in place by hand."""
+
+
+def damaged_record(path):
+    """The name of a damaged record in a file of torch.save, or None. Raises what zipfile raises for no such file.
+
+    torch.load looks at no checksum. And one flipped bit makes a record a folder, of which torch would read nothing and
+    give whatever is in memory.
+    """
+    with zipfile.ZipFile(path) as archive:
+        folders = (record.filename for record in archive.infolist() if record.external_attr & 0x10)
+        return next(folders, None) or archive.testzip()
 
 
 def cached_download(url, filename=None, flag=None, sha256_prefix=None, folder=None):

@@ -555,7 +555,7 @@ def main():
     start = time.perf_counter()
     found_samples = describe(samples, model, device, args.batch_size, None, rank, world)
     speed = samples.count / (time.perf_counter() - start)
-    keep = REFERENCE_KEEP if pathlib.Path(args.reference).is_dir() else None
+    keep = (1 if pathlib.Path(args.reference).is_dir() else 10) * REFERENCE_KEEP  # what --save-stats can be read from
     found_reference = describe(reference, model, device, args.batch_size, keep, rank, world)
     if world > 1:
         dist.destroy_process_group()  # the rest is one process's work
@@ -594,3 +594,8 @@ if __name__ == "__main__":
         main()
     except (EvalError, DataError, DeviceError, DownloadError, inception.InceptionError, OSError) as error:
         sys.exit(f"eval_fid.py: {error}")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        line = str(error).strip().splitlines()[-1]  # the process that failed says why
+        sys.exit(f"eval_fid.py: rank {os.environ.get('RANK', 0)} lost touch with another process: {line}")

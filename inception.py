@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from download import cached_download
+from download import cached_download, damaged_record
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256_PREFIX = "6726825d"  # by the convention of torch.hub, the file's name ends with it
@@ -264,8 +264,7 @@ def load_inception(path=None):
     path = pathlib.Path(path) if path else cached_download(URL, flag="--inception", sha256_prefix=SHA256_PREFIX)
     path.open("rb").close()  # a file that is missing or forbidden says so itself
     try:
-        # torch.load does not compare the checksums that a zip file carries: a flipped bit would pass unseen.
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+        if zipfile.is_zipfile(path) and (damaged := damaged_record(path)):
             raise InceptionError(f"its part {damaged} is damaged")
         weights = torch.load(path, map_location="cpu", weights_only=True)  # True: tensors only, never code
         if not isinstance(weights, dict):

@@ -56,8 +56,8 @@ def cut_metrics(path, step):
     """
     if not path.exists():
         return
-    lines = path.read_text().splitlines(True)
     try:
+        lines = path.read_text().splitlines(True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     except (ValueError, TypeError, LookupError):
         raise LogError(f"{path} holds lines that are not metrics: repair it, or move it away")
@@ -81,7 +81,8 @@ def save_preview(out, step, image):
     """Keeps a preview (a Pillow image) as OUT/samples.png and as OUT/previews/step-N.png. Raises OSError."""
     (out / "previews").mkdir(exist_ok=True)
     for target in (out / "samples.png", out / "previews" / f"step-{step:08d}.png"):
-        image.save(target)
+        image.save(target.with_suffix(".tmp"), "PNG")
+        os.replace(target.with_suffix(".tmp"), target)  # whole or not at all
 
 
 class Log:

@@ -1,7 +1,8 @@
 """What a run shows of itself while it trains: a grid of pictures, and --eval-every's numbers.
 
 All are drawn by the averaged weights (EMA), which are far ahead of the trained ones, from noise that is a function of
-the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look;
+the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look
+(the emoji distance has settings of its own);
 the noise of a preview is a little smaller than that of training, since typical pictures show earlier what was learned.
 Left out: previews on several GPUs; rank 0 draws them alone, the others wait.
 """
@@ -12,7 +13,7 @@ import emoji_metric
 import eval_fid
 import inception
 from data import keyed_generator, picture_grid, to_uint8
-from device import autocast
+from device import autocast, full_float32
 from samplers import adams, guide, time_grid
 
 PER_CLASS, STEPS, CFG = 8, 20, 3.5
@@ -39,6 +40,7 @@ def preview(ema, seed, device, precision):
     return picture_grid(images, PER_CLASS)
 
 
+@full_float32()
 def evaluate(ema, args, device, rank, world):
     """--eval-every: how good are --eval-num EMA samples? -> numbers for the metrics file. All ranks must call it.
 

@@ -104,8 +104,8 @@ def parse_args(argv=None):
         parser.error("--shift and --temperature must be above 0, and --cfg a number")
     if not args.interval[0] < args.interval[1]:
         parser.error("--interval LOW HIGH: LOW must be below HIGH")
-    if not 0 <= args.seed < 2**63:
-        parser.error("--seed must be at least 0, and below 2**63")
+    if not -(2**63) <= args.seed < 2**63:
+        parser.error("--seed must be a whole number of 64 bits")
     if not set(args.solver) <= set(SOLVERS):
         parser.error(f"--solver {','.join(args.solver)}: choose from {', '.join(SOLVERS)}")
     if args.npz and (args.gif or len(args.solver) > 1):
@@ -203,7 +203,7 @@ def pick_compile(args, config, images, size, device):
     pays = evaluations * count_flops(config, *size) >= COMPILE_PAYS.get((device.type, args.precision), 20e15)
     if args.compile == "off" or args.compile == "auto" and not pays:
         return "off"
-    trouble = compiler_trouble()
+    trouble = compiler_trouble(device)
     if trouble and args.compile == "on":
         raise DeviceError(f"--compile on: {trouble}")
     if trouble:

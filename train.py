@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import emoji_metric
 from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
-                        load_weights, name_last, save_run)  # fmt: skip
+                        load_weights, save_run, go_on_from)  # fmt: skip
 from data import BatchNumbers, DataError, from_uint8, open_dataset, training_batches
 from device import (PEAKS, DeviceError, autocast, compiler_trouble, keep_memory, peak_flops, pick_device,
                     pick_precision)  # fmt: skip
@@ -90,13 +90,14 @@ def number(kind, fits, range_):
 
 
 # Each asks so that "not a number", which is neither above nor below anything, is refused.
-COUNT = number(int, lambda value: 1 <= value < 2**63, "at least 1")
-FROM_0 = number(int, lambda value: 0 <= value < 2**63, "at least 0")
+SEED = number(int, lambda value: -(2**63) <= value < 2**63, "a whole number of 64 bits")
+COUNT = number(int, lambda value: value >= 1, "at least 1")
+FROM_0 = number(int, lambda value: value >= 0, "at least 0")
 SHARE = number(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 BELOW_1 = number(float, lambda value: 0 <= value < 1, "in [0, 1)")
 ABOVE_0 = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
-POSITIVE = number(float, lambda value: 0 < value < math.inf, "above 0")
-NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0")
+POSITIVE = number(float, lambda value: 0 < value < math.inf, "above 0 and finite")
+NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 
 
 def parse_args(argv=None):
@@ -160,7 +161,7 @@ def parse_args(argv=None):
     add("--log-every", type=FROM_0, help="steps between metrics (0: only with a checkpoint)")
     add("--tensorboard", action="store_true", help="log to OUT/tensorboard as well (pip install tensorboard)")
     add("--wandb", action="store_true", help="log to Weights & Biases as well (pip install wandb)")
-    add("--seed", type=FROM_0, default=0)
+    add("--seed", type=SEED, default=0)
     add("--accept-changed-data", action="store_true", help="resume although pictures were added, removed or renamed")
     add("--dry-run", action="store_true", help="print the configuration and what it costs, and stop")
     planned = parser.add_argument_group("with --dry-run, the cost on another machine")
@@ -262,11 +263,13 @@ def main():
         say(f"{args.data} is not here: assuming ImageNet's {len(dataset)} images and {len(dataset.classes)} classes")
     else:
         crops = None if args.dry_run else args.cache_crops
-        dataset = open_dataset(args.data, args.resolution, args.augment, args.out,
-                               write=rank == 0 and not args.dry_run, crops=crops)  # fmt: skip
+        try:
+            dataset = open_dataset(args.data, args.resolution, args.augment, args.out,
+                                   write=rank == 0 and not args.dry_run, crops=crops)  # fmt: skip
+        finally:  # if it failed, the others find out themselves
+            if control and rank == 0:
+                dist.barrier(group=control)
     if control:
-        if rank == 0:
-            dist.barrier(group=control)
         fingerprints = [None] * world
         dist.all_gather_object(fingerprints, dataset.fingerprint, group=control)
         strangers = [other for other in range(world) if fingerprints[other] != fingerprints[0]]
@@ -285,8 +288,11 @@ def main():
     least = 2 if args.eval_ref else emoji_metric.MINIMUM
     if args.eval_every and args.eval_num < least:
         raise DataError(f"--eval-num must be at least {least} for this evaluation")
-    if args.eval_ref:  # found out now, not at the first evaluation
-        open_pictures(args.eval_ref, args.resolution)
+    if args.eval_ref and not args.dry_run:  # found out now, not at the first evaluation
+        size = open_pictures(args.eval_ref, args.resolution).size
+        if tuple(size) != (args.resolution, args.resolution):
+            raise DataError(f"--eval-ref {args.eval_ref} has pictures of {size[0]}x{size[1]}, not of --resolution "
+                            f"{args.resolution}: blur would count as a difference")  # fmt: skip
         load_inception(args.inception)
     if args.epochs:
         args.steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size)
@@ -307,7 +313,10 @@ def main():
             require(package)
 
     # Rank 0 chooses the checkpoint to go on from, so that all take the same one even if another appears meanwhile.
-    found = load_run(out, warn=say) if rank == 0 else None
+    # For a GPU the file is read straight from the disk's cache, which the processes of a machine share; on a CPU it is
+    # copied, or the optimizer would live in a file that is pruned later.
+    mmap = device.type != "cpu"
+    found = load_run(out, say, mmap) if rank == 0 else None
     choice = [found and str(found[0])]
     if world > 1:
         dist.broadcast_object_list(choice, group=control)
@@ -329,9 +338,9 @@ def main():
         "seed", "optimizer", "batch_size", "drop_label", "shift", "augment", "repa", "repa_block")}  # fmt: skip
     step = 0
     if choice[0]:
-        path, state = found or (choice[0], load_checkpoint(choice[0], mmap=True))
+        path, state = found or (choice[0], load_checkpoint(choice[0], mmap))
         checked_config(state, path)
-        if "identity" not in state:
+        if "identity" not in state or "optimizers" not in state:
             raise CheckpointError(f"{path} holds weights only, not a run: give it to --init, with another --out")
         check_same(state["identity"], identity, path)
         if state["fingerprint"] != dataset.fingerprint and not args.accept_changed_data:
@@ -345,14 +354,14 @@ def main():
             optimizer.load_state_dict(part)
             for group in optimizer.param_groups:
                 group["weight_decay"] = args.weight_decay  # this run's, as --lr
-        if rank == 0 and path.name != "last.pt":
-            name_last(path)  # what a kill between a save and its second name left undone
+        if rank == 0:
+            go_on_from(path)
         step = state["step"]
         say(f"resuming {path} at step {step}")
         del state, found
     if step >= args.steps:
         final = out / "previews" / f"step-{step:08d}.png"
-        if rank == 0 and args.preview_every and not final.exists():  # killed while it was drawn
+        if rank == 0 and step == args.steps and args.preview_every and not final.exists():  # killed while it was drawn
             save_preview(out, step, preview(ema, args.seed, device, args.precision))
         return say(f"{out} has {step} of {args.steps} steps: nothing to do (more with --steps)")
 

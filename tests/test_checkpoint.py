@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import (CheckpointError, FORMAT, export_reference, import_reference, load_checkpoint, load_model,
-                        load_run, save_checkpoint, save_run)  # fmt: skip
+from checkpoint import (CheckpointError, FORMAT, export_reference, go_on_from, import_reference, load_checkpoint,
+                        load_model, load_run, save_checkpoint, save_run)  # fmt: skip
 from model import PixNerd
 from test_model import TINY, randomised
 
@@ -114,11 +114,13 @@ def test_row_9_a_damaged_file_does_not_count_among_those_that_are_kept(tmp_path)
     for step in (4, 6):
         save_run(tmp_path, run_state(step))
     (tmp_path / "step-00000006.pt").write_bytes(b"rubbish")
-    assert load_run(tmp_path, lambda _: None)[1]["step"] == 4
-    save_run(tmp_path, run_state(5))
-    assert [path.name for path in checkpoint.run_checkpoints(tmp_path)] == [
-        "step-00000006.pt", "step-00000005.pt", "step-00000004.pt"]  # fmt: skip
-    (tmp_path / "step-00000005.pt").write_bytes(b"rubbish")
+    path, state = load_run(tmp_path, lambda _: None)
+    assert state["step"] == 4
+    go_on_from(path)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 4
+    save_run(tmp_path, run_state(8))
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "step-00000004.pt", "step-00000006.damaged", "step-00000008.pt"]
+    (tmp_path / "step-00000008.pt").write_bytes(b"rubbish")
     assert load_run(tmp_path, lambda _: None)[1]["step"] == 4
 
 
@@ -184,6 +186,8 @@ def test_row_13_old_and_foreign_files_are_named_as_such(tmp_path):
     save_checkpoint(tmp_path / "number.pt", {"state_dict": {"s_embedder.proj.weight": 3}})
     save_checkpoint(tmp_path / "no-config.pt", {"format": FORMAT, "config": None, "ema": {}})
     save_checkpoint(tmp_path / "no-table.pt", run_state(1) | {"ema": [1]})
+    save_checkpoint(tmp_path / "whole-numbers.pt",
+                    run_state(1) | {"ema": {key: tensor.int() for key, tensor in run_state(1)["ema"].items()}})  # fmt: skip
     save_checkpoint(tmp_path / "no-tensors.pt", run_state(1) | {"ema": dict.fromkeys(run_state(1)["ema"], 3)})
     for path in tmp_path.glob("*.pt"):
         with pytest.raises(CheckpointError, match=path.name) as error:

@@ -188,7 +188,9 @@ def test_files_that_are_missing_foreign_or_damaged_are_one_line(tmp_path):
     flipped[content.index(GOOD["norm.bias"].numpy().tobytes())] ^= 1
     bad.write_bytes(flipped)
     assert not torch.equal(torch.load(bad)["norm.bias"], GOOD["norm.bias"])
-    for damaged in [b"", b"hello, this is text\n", content[:100], content[:-50], flipped]:
+    folder = bytearray(content)
+    folder[content.index(b"PK\1\2") + 38] ^= 0x10  # in the directory: the first record is a folder, says one bit
+    for damaged in [b"", b"hello, this is text\n", content[:100], content[:-50], flipped, folder]:
         bad.write_bytes(damaged)
         with pytest.raises(TeacherError, match=r"^cannot read .*bad.pth as a file of weights \(\w+\)$"):
             load_dinov2(bad)

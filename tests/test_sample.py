@@ -78,13 +78,13 @@ def test_every_flag_draws(ckpt, tmp_path, monkeypatch, flags):
 
 def test_interval_shift_and_order_are_those_of_the_solver(ckpt, tmp_path, monkeypatch):
     """The same picture as by hand. Catches: a flag that is read and forgotten."""
-    flags = ["--interval", 0.2, 0.6, "--shift", 2, "--solver", "adams", "--order", 3, "--cfg", 2]
+    flags = ["--interval", 0.2, 0.6, "--shift", 2, "--solver", "adams", "--order", 3, "--cfg", 60]
     draw(monkeypatch, "--ckpt", ckpt, "--class", "b", "--num", 1, "--steps", 6, "--precision", "fp32",
          "--out", tmp_path / "x", *flags)  # fmt: skip
     noise = torch.randn(3, 16, 16, generator=keyed_generator(0, 3, 0))[None]
     model, times = load_model(ckpt), samplers.time_grid(6, 2.0)
     with torch.inference_mode():
-        x = samplers.adams(samplers.guide(model, torch.tensor([1]), 2.0, (0.2, 0.6)), noise, times, order=3)
+        x = samplers.adams(samplers.guide(model, torch.tensor([1]), 60.0, (0.2, 0.6)), noise, times, order=3)
     expected = to_uint8(x)[0].permute(1, 2, 0).numpy()
     assert abs(pixels(next((tmp_path / "x").iterdir())).astype(int) - expected).max() <= 1
 
@@ -158,7 +158,7 @@ def test_compiled_sampling_draws_the_same_picture(ckpt, tmp_path, monkeypatch, p
 
 def test_compile_auto_counts_the_operations_of_the_run(monkeypatch):
     """200 TFLOP on a CPU: eight XL images of 50 steps, but no emoji sheet. The same command always decides the same."""
-    monkeypatch.setattr(sample, "compiler_trouble", lambda: None)
+    monkeypatch.setattr(sample, "compiler_trouble", lambda device="cpu": None)
     cpu = torch.device("cpu")
 
     def choice(config, images, *flags):
@@ -174,11 +174,11 @@ def test_compile_auto_counts_the_operations_of_the_run(monkeypatch):
 
 
 def test_compile_on_without_a_compiler_is_one_line_and_auto_says_so(ckpt, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(device, "compiler_trouble", lambda: "no g++ here")
+    monkeypatch.setattr(device, "compiler_trouble", lambda device="cpu": "no g++ here")
     flags = ["--ckpt", ckpt, "--class", "a", "--num", 1, "--steps", 2, "--out", tmp_path / "x.png"]
     assert complaint(monkeypatch, capsys, *flags, "--compile", "on") == "sample.py: --compile on: no g++ here"
     assert not (tmp_path / "x.png").exists()
-    monkeypatch.setattr(sample, "compiler_trouble", lambda: "no g++ here")
+    monkeypatch.setattr(sample, "compiler_trouble", lambda device="cpu": "no g++ here")
     monkeypatch.setattr(sample, "COMPILE_PAYS", {("cpu", precision): 0 for precision in ("fp32", "bf16")})
     draw(monkeypatch, *flags)
     assert "not compiling, which is slower but the same: no g++ here" in capsys.readouterr().out
