@@ -214,7 +214,7 @@ def name_last(path):
         return
     found, wanted = last.stat() if last.exists() else None, path.stat()
     if found and found.st_size == wanted.st_size and found.st_mtime_ns >= wanted.st_mtime_ns:
-        return  # a copy
+        return  # it is a copy already: same length, and not older
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)

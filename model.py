@@ -250,7 +250,7 @@ class PixNerd(nn.Module):
         if H % rows or W % columns:
             raise ValueError(f"{rows}x{columns} tokens cannot share an image of {H}x{W} pixels equally")
         height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
-        trunk_x = x  # (B, C, rows*P, columns*P), or after the next two lines
+        trunk_x = x  # (B, C, H, W), which is (B, C, rows*P, columns*P) where a patch has the trained size
         if (height, width) != (P, P):
             # Nearest, as released: an average of neighbours would shrink the noise, and the trunk would see another t.
             trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P)

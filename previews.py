@@ -1,9 +1,9 @@
 """What a run shows of itself while it trains: a grid of pictures, and --eval-every's numbers.
 
 All are drawn by the averaged weights (EMA), which are far ahead of the trained ones, from noise that is a function of
-the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look
-(the emoji distance has settings of its own);
-the noise of a preview is a little smaller than that of training, since typical pictures show earlier what was learned.
+the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look;
+the emoji distance draws as emoji_metric.py does. The noise of a preview is a little smaller than that of training,
+since typical pictures show earlier what was learned.
 Left out: previews on several GPUs; rank 0 draws them alone, the others wait.
 """
 
