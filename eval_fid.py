@@ -555,7 +555,7 @@ def main():
     start = time.perf_counter()
     found_samples = describe(samples, model, device, args.batch_size, None, rank, world)
     speed = samples.count / (time.perf_counter() - start)
-    keep = (1 if pathlib.Path(args.reference).is_dir() else 10) * REFERENCE_KEEP  # as many as --save-stats can be read with
+    keep = (1 if pathlib.Path(args.reference).is_dir() else 10) * REFERENCE_KEEP  # --save-stats is read with so many
     found_reference = describe(reference, model, device, args.batch_size, keep, rank, world)
     if world > 1:
         dist.destroy_process_group()  # the rest is one process's work
