@@ -190,6 +190,31 @@ class ImageFolder:
         return crop, self.labels[i]
 
 
+class SomeClasses:
+    """The pictures of some classes of a data set; in the order of `names`, they are then classes 0, 1, ...
+
+    Raises DataError for a name that is no class, or that comes twice.
+    """
+
+    def __init__(self, dataset, names):
+        for name in names:
+            if name not in dataset.classes or names.count(name) > 1:
+                what = "is there twice" if name in dataset.classes else "is not a class of this data"
+                known = ", ".join(dataset.classes[:10]) + (", ..." if len(dataset.classes) > 10 else "")
+                raise DataError(f"--classes: {name!r} {what}; choose from {known}")
+        number = {dataset.classes.index(name): i for i, name in enumerate(names)}
+        self.dataset, self.classes = dataset, list(names)
+        self.kept = [i for i, label in enumerate(dataset.labels) if label in number]
+        self.labels = [number[dataset.labels[i]] for i in self.kept]
+        self.fingerprint = f"{dataset.fingerprint}, of it {', '.join(names)}"
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, i, generator=None):
+        return self.dataset.__getitem__(self.kept[i], generator)[0], self.labels[i]  # (3, H, W), class
+
+
 def list_images(folder):
     """The JPEG, PNG and WEBP files below a folder, sorted. DataError if there are none."""
     names = pictures_below(os.fspath(folder))
@@ -198,17 +223,20 @@ def list_images(folder):
     return [pathlib.Path(folder, name) for name in sorted(names)]
 
 
-def open_dataset(spec, resolution, augment=False, cache=None, write=True, crops=None):
+def open_dataset(spec, resolution, augment=False, cache=None, write=True, crops=None, only=None):
     """The data set that `--data` names: "emoji", a folder of class folders, or a tar of one. Raises DataError.
 
     It has len(), [i] -> (uint8 (3, resolution, resolution), class index), .classes (names), .labels and .fingerprint
     (a text that changes when pictures are added, removed or renamed). cache: the folder of the run, which keeps the
     list of the pictures for a quick start next time; write=False only reads what is there. None: neither.
     crops: a folder that keeps the centre crops, so that each picture is decoded once; not for "emoji" (in memory).
+    only: names of classes, where not all are wanted.
     """
     if str(spec) == "emoji":
-        return Emoji(resolution, augment)
-    return ImageFolder(spec, resolution, augment, cache, write, crops)
+        dataset = Emoji(resolution, augment)
+    else:
+        dataset = ImageFolder(spec, resolution, augment, cache, write, crops)
+    return SomeClasses(dataset, only) if only else dataset
 
 
 # ---- the order of training -------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class DINOv2(nn.Module):
         if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
                              f"embed_dim {embed_dim} of num_heads {num_heads}")
-        self.patch_size = patch_size
+        self.patch_size, self.width = patch_size, embed_dim
         self.grid = img_size // patch_size  # M
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, embed_dim))  # class token first

@@ -9,6 +9,8 @@ distances with the same features file, --num, --steps and --cfg. Lower is better
 
 The scale: each feature has a variance of about 1 over the real pictures, so a model that always draws the average
 one is at about 64. The floor is what two halves of the real pictures are apart; it stands below the table.
+The same classifier serves as a small teacher of representation alignment (train.py --repa 0.5 --dino emoji). A model
+that was taught by it is flattered by this distance: compare it only with others that were.
 Left out: scores for each class, and any way to tell copies of the training pictures from new drawings.
 """
 
@@ -29,6 +31,7 @@ from samplers import adams, guide, time_grid
 
 FEATURES_FILE = ASSETS / "emoji-features.pt"
 SIDE, SUBCATEGORIES = 32, 98
+PATCH = 8  # pixels per place of the classifier's last map: the patch of Nano
 WIDTH = 64  # few, so that hundreds of pictures settle the 64 x 64 covariance; Inception's 2,048 need 50,000
 MINIMUM = 2 * WIDTH  # pictures; of fewer, the covariance is mostly chance
 
@@ -48,14 +51,41 @@ class EmojiFeatures(nn.Module):
         self.norm = nn.BatchNorm1d(WIDTH, affine=False)  # variance 1, so that all features weigh the same
         self.classify = nn.Linear(WIDTH, SUBCATEGORIES)
 
-    def forward(self, x):
-        """x (B, 3, 32, 32) in [-1, 1] -> features (B, 64), logits (B, 98)."""
+    def last_map(self, x):
+        """x (B, 3, 32, 32) in [-1, 1] -> what is seen around each 8x8 pixels: (B, 128, 4, 4)."""
         h = self.stage1(x)  # (B, 32, 16, 16)
         h = self.stage2(h)  # (B, 64, 8, 8)
-        h = self.stage3(h)  # (B, 128, 4, 4)
-        h = h.mean((2, 3))  # (B, 128)
+        return self.stage3(h)  # (B, 128, 4, 4)
+
+    def forward(self, x):
+        """x (B, 3, 32, 32) in [-1, 1] -> features (B, 64), logits (B, 98)."""
+        h = self.last_map(x).mean((2, 3))  # (B, 128)
         features = self.norm(self.project(h))  # (B, 64)
         return features, self.classify(F.relu(features))  # (B, 64), (B, 98)
+
+
+class EmojiTeacher(nn.Module):
+    """The trained classifier in the place of dinov2.DINOv2: alignment in miniature, at hand without a network."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier, self.width = load_features(), 128
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images, student_patch=PATCH):
+        """images (B, 3, 32, 32), RGB in [0, 1] -> tokens (B, 16, 128), row by row. ValueError for other patches."""
+        if images.shape[-2:] != (SIDE, SIDE) or student_patch != PATCH:
+            raise ValueError(f"the emoji teacher sees {SIDE}x{SIDE} pixels in patches of {PATCH}, not "
+                             f"{tuple(images.shape[-2:])} in patches of {student_patch}")  # fmt: skip
+        return self.classifier.last_map(images * 2 - 1).flatten(2).transpose(1, 2)  # (B, 16, 128)
+
+
+def load_features():
+    """The trained classifier of the repository, in eval mode. CheckpointError if its file is missing or damaged."""
+    model = EmojiFeatures().eval()
+    load_weights(model, load_checkpoint(FEATURES_FILE).get("features", {}), FEATURES_FILE)
+    return model
 
 
 def labelled_emoji():
@@ -102,8 +132,7 @@ def emoji_features(images):
     if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE) or len(images) < MINIMUM:
         raise EvalError(f"the emoji distance takes at least {MINIMUM} pictures, uint8 (N, 3, {SIDE}, {SIDE}), "
                         f"not {images.dtype} {tuple(images.shape)}")  # fmt: skip
-    model = EmojiFeatures().eval()
-    load_weights(model, load_checkpoint(FEATURES_FILE).get("features", {}), FEATURES_FILE)
+    model = load_features()
     return torch.cat([model(from_uint8(part))[0] for part in images.cpu().split(256)]).double()  # (N, 64)
 
 

@@ -56,6 +56,11 @@ def projector_size(config):
     return 2 * (D * D + D) + (D + 1) * TEACHER_WIDTH
 
 
+def by_dinov2(args):
+    """Is there an alignment to count? The emoji classifier of --dino emoji, and its projector, are too small for it."""
+    return bool(args.repa) and args.dino != "emoji"
+
+
 def training_flops(config, repa=False):
     """FLOPs of training on one image: three forward passes of the model and, with --repa, of the projector.
 
@@ -138,7 +143,7 @@ def epochs_to_steps(epochs, images, batch_size):
 
 def describe(args, config, images, world):
     """The text of --dry-run for train.py's arguments: what the run is and what it costs."""
-    cost = estimate(config, args.batch_size, world, args.micro_batch, args.precision, args.recompute, bool(args.repa),
+    cost = estimate(config, args.batch_size, world, args.micro_batch, args.precision, args.recompute, by_dinov2(args),
                     args.compile == "off", args.gpu, args.mfu, args.bandwidth and args.bandwidth * 1e9,
                     args.optimizer)  # fmt: skip
     share = args.batch_size // world

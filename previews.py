@@ -1,9 +1,10 @@
 """What a run shows of itself while it trains: a grid of pictures, and --eval-every's numbers.
 
 All are drawn by the averaged weights (EMA), which are far ahead of the trained ones, from noise that is a function of
-the seed: the same picture grows from preview to preview. 20 steps of Adams and a guidance of 3.5, as for a quick look;
-the emoji distance draws as emoji_metric.py does. The noise of a preview is a little smaller than that of training,
-since typical pictures show earlier what was learned.
+the seed: the same picture grows from preview to preview. 20 steps of Adams, as for a quick look. FID's samples have the
+paper's guidance; the emoji distance draws as emoji_metric.py does. Previews are drawn for people, who want to see early
+what was learned: with noise a little smaller than that of training, so that pictures are typical ones, and with little
+guidance, but from the start. What a small picture will be is decided before t = 0.1, where the paper's interval begins.
 Left out: previews on several GPUs; rank 0 draws them alone, the others wait.
 """
 
@@ -16,19 +17,21 @@ from data import keyed_generator, picture_grid, to_uint8
 from device import autocast, full_float32
 from samplers import adams, guide, time_grid
 
-PER_CLASS, STEPS, CFG = 8, 20, 3.5
+PER_CLASS, STEPS = 8, 20
+PAPER = dict(scale=3.5, interval=(0.1, 1.0))  # guidance
+EARLY = dict(scale=2.0, interval=(0.0, 1.0))  # by eye, after `make demo`: whole people instead of half ones
 AT_ONCE = 16  # pictures in a batch, so that the memory of a preview stays far below that of a training step
 TEMPERATURE = 0.75  # by eye, after `make demo`: at 1 there are more specks, at 0.65 most food has faded
 
 
-def draw(ema, y, keys, device, precision, temperature=1.0):
+def draw(ema, y, keys, device, precision, guidance=PAPER, temperature=1.0):
     """EMA samples of the classes y (list of B), the noise of each from its key: uint8 (B, 3, H, W)."""
     size = (3, ema.config.resolution, ema.config.resolution)
     noise = torch.stack([torch.randn(size, generator=keyed_generator(*key)) for key in keys])  # (B, 3, H, W)
     images = []
     with torch.inference_mode(), autocast(device, precision):
         for some_y, some_noise in zip(torch.tensor(y).split(AT_ONCE), noise.split(AT_ONCE)):
-            velocity = guide(ema, some_y.to(device), CFG)
+            velocity = guide(ema, some_y.to(device), **guidance)
             images.append(to_uint8(adams(velocity, temperature * some_noise.to(device), time_grid(STEPS))))
     return torch.cat(images).cpu()  # (B, 3, H, W)
 
@@ -36,7 +39,7 @@ def draw(ema, y, keys, device, precision, temperature=1.0):
 def preview(ema, seed, device, precision):
     """A grid of EMA samples, one row per class (at most 9), from the same noise every time."""
     y = [i for i in range(min(ema.config.num_classes, 9)) for _ in range(PER_CLASS)]
-    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision, TEMPERATURE)  # (B, 3, H, W)
+    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision, EARLY, TEMPERATURE)  # (B, 3, H, W)
     return picture_grid(images, PER_CLASS)
 
 

@@ -42,7 +42,7 @@ from inception import InceptionError, load_inception
 from logs import Log, LogError, require, save_preview
 from model import PRESETS, RECOMPUTE, PixNerd
 from optimizers import make_optimizers
-from plan import MFU, Elsewhere, describe, epochs_to_steps, training_flops
+from plan import MFU, Elsewhere, by_dinov2, describe, epochs_to_steps, training_flops
 from previews import evaluate, preview
 from processes import join, place
 
@@ -110,6 +110,7 @@ def parse_args(argv=None):
 
     add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
     add("--data", help="emoji, a folder of class folders, or an uncompressed tar of one (default: emoji for Nano)")
+    add("--classes", help="train on these only, as in smileys,people,food (default: all)")
     add("--resolution", type=COUNT, help="side of the training images in pixels " + recipe("resolution"))
     add("--batch-size", type=COUNT, help="images per step over all processes " + recipe("batch_size"))
     add("--micro-batch", type=COUNT, help="images per forward pass and process; gradients add up (default: all)")
@@ -127,7 +128,8 @@ def parse_args(argv=None):
     add("--shift", type=POSITIVE, default=1.0, help="time shift of the training times")
     add("--repa", type=NOT_NEGATIVE, default=0.0, help="weight of the alignment with DINOv2 (0: none; the paper: 0.5)")
     add("--repa-block", type=COUNT, default=8, help="the block whose output is aligned, counted from 1")
-    add("--dino", help="DINOv2 weights (default: ViT-B/14, downloaded once)")
+    add("--dino", help="DINOv2 weights (default: ViT-B/14, downloaded once), or the word emoji: the small classifier "
+        "of emoji_metric.py teaches in its place")  # fmt: skip
     add("--init", help="start from the weights of this checkpoint, ours or released (fine-tuning)")
     add("--num-classes", type=COUNT, help="refuse data with another number of classes (default: take what is there)")
     add("--augment", action="store_true", help="random crop and flip in place of the centre crop")
@@ -258,14 +260,15 @@ def main():
     # -- Data. Rank 0 goes first and keeps the list of the pictures in the run's folder, where the others then read it.
     if control and rank > 0:
         dist.barrier(group=control)
-    if args.dry_run and args.data != "emoji" and not os.path.exists(args.data):
+    only = args.classes.split(",") if args.classes else None
+    if args.dry_run and args.data != "emoji" and not os.path.exists(args.data) and not only:
         dataset = Elsewhere(args.num_classes)
         say(f"{args.data} is not here: assuming ImageNet's {len(dataset)} images and {len(dataset.classes)} classes")
     else:
         crops = None if args.dry_run else args.cache_crops
         try:
             dataset = open_dataset(args.data, args.resolution, args.augment, args.out,
-                                   write=rank == 0 and not args.dry_run, crops=crops)  # fmt: skip
+                                   write=rank == 0 and not args.dry_run, crops=crops, only=only)  # fmt: skip
         finally:  # if it failed, the others find out themselves
             if control and rank == 0:
                 dist.barrier(group=control)
@@ -283,7 +286,11 @@ def main():
         raise DataError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
     if len(dataset) < args.batch_size:
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
-    if args.eval_every and args.eval_ref is None and (args.data, args.resolution) != ("emoji", emoji_metric.SIDE):
+    if args.dino == "emoji" and (args.resolution, config.patch_size) != (emoji_metric.SIDE, emoji_metric.PATCH):
+        raise DataError(f"--dino emoji teaches at --resolution {emoji_metric.SIDE} in patches of {emoji_metric.PATCH} "
+                        f"only, not at {args.resolution} in patches of {config.patch_size}")  # fmt: skip
+    emoji = (args.data, args.resolution, only) == ("emoji", emoji_metric.SIDE, None)
+    if args.eval_every and args.eval_ref is None and not emoji:
         raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
     least = 2 if args.eval_ref else emoji_metric.MINIMUM
     if args.eval_every and args.eval_num < least:
@@ -326,8 +333,10 @@ def main():
     model = PixNerd(config)
     if args.init and not choice[0]:
         say(start_from(model, args.init))
-    teacher = load_dinov2(args.dino).to(device) if args.repa else None
-    student = Student(model, args.repa_block, teacher.norm.weight.numel() if teacher else 0).to(device)
+    teacher = None
+    if args.repa:
+        teacher = (emoji_metric.EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
+    student = Student(model, args.repa_block, teacher.width if teacher else 0).to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = list(student.parameters())
@@ -405,7 +414,7 @@ def main():
     say(f"training {args.size} on {args.data}: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, "
         f"{args.precision} on {world} x {device.type}, {out}/")  # fmt: skip
     peak = peak_flops(device)
-    log = Log(out if rank == 0 else None, step, args.steps, args.batch_size, training_flops(config, bool(args.repa)),
+    log = Log(out if rank == 0 else None, step, args.steps, args.batch_size, training_flops(config, by_dinov2(args)),
               peak and peak * world, args.tensorboard, args.wandb, settings)  # fmt: skip
     numbers = BatchNumbers(step, args.steps, args.batch_size, micro, rank, world)
     # Loader workers are born deaf to these signals, which go to all processes of a job: one that obeyed would take its

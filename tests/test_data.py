@@ -71,6 +71,24 @@ def test_folders_give_sorted_classes_and_cropped_pictures(folder):
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
+def test_some_classes_are_the_same_pictures_with_numbers_of_their_own(folder):
+    """In the order asked for. Catches: labels of the whole set, or pictures of the neighbours."""
+    whole, some = open_dataset("emoji", 32), open_dataset("emoji", 32, only=["flags", "food"])
+    assert some.classes == ["flags", "food"] and len(some) == len(some.labels) == 270 + 131
+    kept = [i for i, label in enumerate(whole.labels) if whole.classes[label] in some.classes]
+    for place in (0, 130, 131, 400):
+        image, label = some[place]
+        assert torch.equal(image, whole[kept[place]][0])
+        assert label == some.labels[place] == ["flags", "food"].index(whole.classes[whole.labels[kept[place]]])
+    assert some.fingerprint not in (whole.fingerprint, open_dataset("emoji", 32, only=["food", "flags"]).fingerprint)
+    dogs = open_dataset(folder, 16, augment=True, only=["dog"])
+    crops = {dogs.__getitem__(1, keyed_generator(k))[0].numpy().tobytes() for k in range(8)}
+    assert len(dogs) == 2 and dogs[1][1] == 0 and len(crops) > 1  # augmentation arrives
+    for names, message in ((["cats"], "'cats' is not a class"), (["dog", "dog"], "'dog' is there twice")):
+        with pytest.raises(DataError, match=message + ".*choose from cat, dog"):
+            open_dataset(folder, 16, only=names)
+
+
 def test_augmentation_crops_and_flips_by_the_generator_only(folder):
     ramp = Image.fromarray(np.arange(64 * 40 * 3, dtype=np.uint8).reshape(40, 64, 3))
     crops = [np.asarray(random_crop(ramp, 16, keyed_generator(i))) for i in range(40)]

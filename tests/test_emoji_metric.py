@@ -56,6 +56,23 @@ def test_every_feature_has_about_the_same_weight_in_the_distance():
     assert 0.7 < variance.min() and variance.max() < 1.6
 
 
+def test_the_teacher_tells_what_the_classifier_sees_at_each_place(classifier):
+    """A token for each patch, row by row: their mean is what the features are made of. Catches: a turned grid."""
+    teacher, images = emoji_metric.EmojiTeacher(), IMAGES[:4] / 255
+    tokens = teacher(images, 8)
+    assert tokens.shape == (4, 16, teacher.width) and not tokens.requires_grad
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    features = classifier.norm(classifier.project(tokens.mean(1)))
+    torch.testing.assert_close(features, classifier(from_uint8(IMAGES[:4]))[0])
+    changed = images.clone()
+    changed[:, :, :4, 28:] = 0  # the upper right corner
+    difference = (teacher(changed, 8) - tokens).norm(dim=-1).sum(0).view(4, 4)
+    assert difference.argmax() == 3 and difference[3, 0] == 0  # seen most in the first row's last patch, not across
+    for pixels, patch in ((torch.rand(1, 3, 64, 64), 8), (images, 16)):
+        with pytest.raises(ValueError, match="sees 32x32 pixels in patches of 8"):
+            teacher(pixels, patch)
+
+
 def test_the_features_file_is_small():
     assert emoji_metric.FEATURES_FILE.stat().st_size < 1.5e6
 

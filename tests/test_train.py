@@ -420,6 +420,24 @@ def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flag
     assert flags.split()[-2] in message and not (tmp_path / "run").exists()
 
 
+def test_the_demo_learns_some_classes_with_a_small_teacher(tmp_path):
+    """The flags of `make demo`: the alignment falls, the checkpoint knows its classes, and resuming needs the same."""
+    out = tmp_path / "run"
+    flags = ["--patch-size", 8, "--repa", 0.5, "--repa-block", 2, "--dino", "emoji", "--log-every", 10]
+    status, _, stderr = train(out, "--steps", 20, "--classes", "smileys,food", *flags)
+    assert status == 0, stderr
+    first, then = [json.loads(line)["alignment"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert then < first - 0.1, (first, then)
+    assert last(out)["class_names"] == ["smileys", "food"] and last(out)["projector"]["4.weight"].shape == (128, 128)
+    assert "num_classes=2" in refuses(out, "--steps", 21, *flags)
+    assert "--accept-changed-data" in refuses(out, "--steps", 21, "--classes", "food,smileys", *flags)
+    new = tmp_path / "new"
+    assert "'cars' is not a class" in refuses(new, "--classes", "food,cars")
+    assert "--dino emoji teaches at --resolution 32 in patches of 8 only" in refuses(new, *flags, "--patch-size", 16)
+    assert "--eval-ref" in refuses(new, "--classes", "food", "--eval-every", 1)  # the distance is for all nine
+    assert not new.exists()
+
+
 def test_evaluations_that_cannot_run_are_refused_at_the_start(tmp_path):
     out = tmp_path / "run"
     assert "--eval-num must be at least 128" in refuses(out, "--eval-every", 1, "--eval-num", 100)
