@@ -204,7 +204,7 @@ class SomeClasses:
                 raise DataError(f"--classes: {name!r} {what}; choose from {known}")
         number = {dataset.classes.index(name): i for i, name in enumerate(names)}
         self.dataset, self.classes = dataset, list(names)
-        self.kept = [i for i, label in enumerate(dataset.labels) if label in number]
+        self.kept = np.flatnonzero(np.isin(dataset.labels, list(number)))  # an array, which loader workers share
         self.labels = [number[dataset.labels[i]] for i in self.kept]
         self.fingerprint = f"{dataset.fingerprint}, of it {', '.join(names)}"
 
@@ -212,7 +212,7 @@ class SomeClasses:
         return len(self.kept)
 
     def __getitem__(self, i, generator=None):
-        return self.dataset.__getitem__(self.kept[i], generator)[0], self.labels[i]  # (3, H, W), class
+        return self.dataset.__getitem__(int(self.kept[i]), generator)[0], self.labels[i]  # (3, H, W), class
 
 
 def list_images(folder):
@@ -236,7 +236,7 @@ def open_dataset(spec, resolution, augment=False, cache=None, write=True, crops=
         dataset = Emoji(resolution, augment)
     else:
         dataset = ImageFolder(spec, resolution, augment, cache, write, crops)
-    return SomeClasses(dataset, only) if only else dataset
+    return dataset if only is None else SomeClasses(dataset, only)
 
 
 # ---- the order of training -------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ distances with the same features file, --num, --steps and --cfg. Lower is better
 
 The scale: each feature has a variance of about 1 over the real pictures, so a model that always draws the average
 one is at about 64. The floor is what two halves of the real pictures are apart; it stands below the table.
-The same classifier serves as a small teacher of representation alignment (train.py --repa 0.5 --dino emoji). A model
-that was taught by it is flattered by this distance: compare it only with others that were.
+The same classifier serves as a small teacher of representation alignment (train.py --repa 0.5 --repa-block 4 --dino
+emoji). A model that was taught by it is flattered by this distance: compare it only with others that were.
 Left out: scores for each class, and any way to tell copies of the training pictures from new drawings.
 """
 
@@ -52,7 +52,7 @@ class EmojiFeatures(nn.Module):
         self.classify = nn.Linear(WIDTH, SUBCATEGORIES)
 
     def last_map(self, x):
-        """x (B, 3, 32, 32) in [-1, 1] -> what is seen around each 8x8 pixels: (B, 128, 4, 4)."""
+        """x (B, 3, 32, 32) in [-1, 1] -> what is seen around the upper left of each 8x8 pixels: (B, 128, 4, 4)."""
         h = self.stage1(x)  # (B, 32, 16, 16)
         h = self.stage2(h)  # (B, 64, 8, 8)
         return self.stage3(h)  # (B, 128, 4, 4)

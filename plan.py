@@ -57,7 +57,7 @@ def projector_size(config):
 
 
 def by_dinov2(args):
-    """Is there an alignment to count? The emoji classifier of --dino emoji, and its projector, are too small for it."""
+    """Is there alignment to count? Not that of --dino emoji, a tenth of Nano's work and 2 % of its weights."""
     return bool(args.repa) and args.dino != "emoji"
 
 

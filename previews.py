@@ -2,8 +2,8 @@
 
 All are drawn by the averaged weights (EMA), which are far ahead of the trained ones, from noise that is a function of
 the seed: the same picture grows from preview to preview. Few steps of Adams, as for a quick look. FID's samples are
-drawn with the paper's guidance, the emoji distance's as emoji_metric.py does. Previews are for people, who want to see
-early what was learned: their noise is a little smaller than that of training (`temperature`), for typical pictures.
+drawn with the paper's guidance, the emoji distance's as emoji_metric.py does. Previews of small pictures are for people
+who want to see early what was learned: their noise is a little smaller than that of training (`temperature`).
 Left out: previews on several GPUs; rank 0 draws them alone, the others wait.
 """
 
@@ -20,9 +20,9 @@ PER_CLASS = 8
 AT_ONCE = 16  # pictures in a batch, so that the memory of a preview stays far below that of a training step
 MEASURED = dict(steps=20, shift=1.0, scale=3.5, interval=(0.1, 1.0), temperature=1.0)  # for FID: the paper's guidance
 # By eye, after `make demo`. What a small picture will be is decided before t = 0.1, where the paper's interval begins:
-# guided from the start and in small steps there, people come out whole. At temperature 1 there are more specks, at 0.65
-# food fades.
-SHOWN = dict(steps=30, shift=2.0, scale=2.0, interval=(0.0, 1.0), temperature=0.7)
+# guided from the second step on, and in small steps there, people come out whole. At temperature 1 there are more
+# specks, at 0.65 food fades.
+SMALL, SHOWN = 64, dict(steps=30, shift=2.0, scale=2.0, interval=(0.0, 1.0), temperature=0.7)  # up to 64 pixels
 
 
 def draw(ema, y, keys, device, precision, steps, shift, scale, interval, temperature):
@@ -40,7 +40,8 @@ def draw(ema, y, keys, device, precision, steps, shift, scale, interval, tempera
 def preview(ema, seed, device, precision):
     """A grid of EMA samples, one row per class (at most 9), from the same noise every time."""
     y = [i for i in range(min(ema.config.num_classes, 9)) for _ in range(PER_CLASS)]
-    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision, **SHOWN)  # (B, 3, H, W)
+    how = SHOWN if ema.config.resolution <= SMALL else MEASURED
+    images = draw(ema, y, [(seed, 3, i) for i in range(len(y))], device, precision, **how)  # (B, 3, H, W)
     return picture_grid(images, PER_CLASS)
 
 

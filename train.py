@@ -126,7 +126,7 @@ def parse_args(argv=None):
     add("--ema", type=BELOW_1, help="decay of the averaged weights per step " + recipe("ema"))
     add("--drop-label", type=SHARE, default=0.1, help="share of samples trained without their class, for guidance")
     add("--shift", type=POSITIVE, default=1.0, help="time shift of the training times")
-    add("--repa", type=NOT_NEGATIVE, default=0.0, help="weight of the alignment with DINOv2 (0: none; the paper: 0.5)")
+    add("--repa", type=NOT_NEGATIVE, default=0.0, help="weight of alignment with a teacher (0: none; the paper: 0.5)")
     add("--repa-block", type=COUNT, default=8, help="the block whose output is aligned, counted from 1")
     add("--dino", help="DINOv2 weights (default: ViT-B/14, downloaded once), or the word emoji: the small classifier "
         "of emoji_metric.py teaches in its place")  # fmt: skip
@@ -183,8 +183,11 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if args.data is None:
         parser.error(f"--size {args.size} needs --data: a folder of class folders like ImageNet's, or a tar of one")
-    if args.cache_crops and (args.augment or args.data == "emoji"):
-        parser.error("--cache-crops keeps centre crops of files: leave it out with --augment, and with --data emoji")
+    if args.cache_crops and (args.augment or args.classes or args.data == "emoji"):
+        parser.error("--cache-crops keeps centre crops of all files: leave it out with --augment, --classes, and "
+                     "--data emoji")  # fmt: skip
+    if args.classes and args.eval_ref == "emoji":
+        parser.error("--eval-ref emoji has all nine classes: with --classes, give statistics of the same ones")
     args.mfu = MFU if args.mfu is None else args.mfu
     args.out = args.out or f"runs/{args.size}"
     choices = ("resolution", "patch_size", "hidden_size", "depth", "decoder", "field_norm", "field_width",
@@ -197,11 +200,11 @@ def parse_args(argv=None):
     return args
 
 
-def start_from(model, path):
-    """--init: gives `model` the EMA weights of a checkpoint; what was done, in words.
+def start_from(model, path, classes):
+    """--init: gives `model` the EMA weights of a checkpoint; what was done, in words. classes: names, for this run.
 
-    Another resolution is fine (positions are interpolated). Another number of classes makes the class embedding anew,
-    and only that. Raises CheckpointError for anything else that differs.
+    Another resolution is fine (positions are interpolated). Other classes (by number or, where the checkpoint knows
+    them, by name) make the class embedding anew, and only that. Raises CheckpointError for anything else that differs.
     """
     source = load_model(path)
     alike = ("num_heads", "decoder", "field_norm", "encoding")  # what the shapes of the weights do not tell
@@ -211,6 +214,9 @@ def start_from(model, path):
         weights["class_embed.weight"] = model.class_embed.weight
         note += (f"; its class embedding was for {source.config.num_classes} classes, this run has "
                  f"{model.config.num_classes}: made anew")  # fmt: skip
+    elif source.class_names is not None and list(source.class_names) != list(classes):
+        weights["class_embed.weight"] = model.class_embed.weight
+        note += "; its class embedding was for other classes, or another order: made anew"
     try:
         load_weights(model, weights, path)
     except CheckpointError as error:
@@ -260,8 +266,10 @@ def main():
     # -- Data. Rank 0 goes first and keeps the list of the pictures in the run's folder, where the others then read it.
     if control and rank > 0:
         dist.barrier(group=control)
-    only = args.classes.split(",") if args.classes else None
-    if args.dry_run and args.data != "emoji" and not os.path.exists(args.data) and not only:
+    only = None if args.classes is None else [name.strip() for name in args.classes.split(",")]
+    if args.dry_run and args.data != "emoji" and not os.path.exists(args.data):
+        if only:
+            raise DataError(f"--classes can be planned only where the data are, and {args.data} is not here")
         dataset = Elsewhere(args.num_classes)
         say(f"{args.data} is not here: assuming ImageNet's {len(dataset)} images and {len(dataset.classes)} classes")
     else:
@@ -286,12 +294,16 @@ def main():
         raise DataError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
     if len(dataset) < args.batch_size:
         raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
-    if args.dino == "emoji" and (args.resolution, config.patch_size) != (emoji_metric.SIDE, emoji_metric.PATCH):
-        raise DataError(f"--dino emoji teaches at --resolution {emoji_metric.SIDE} in patches of {emoji_metric.PATCH} "
-                        f"only, not at {args.resolution} in patches of {config.patch_size}")  # fmt: skip
-    emoji = (args.data, args.resolution, only) == ("emoji", emoji_metric.SIDE, None)
-    if args.eval_every and args.eval_ref is None and not emoji:
-        raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
+    emoji = (args.data, args.resolution) == ("emoji", emoji_metric.SIDE)
+    if args.dino == "emoji" and not (emoji and config.patch_size == emoji_metric.PATCH):
+        raise DataError(f"--dino emoji knows --data emoji at --resolution {emoji_metric.SIDE} in patches of "
+                        f"{emoji_metric.PATCH} only, not {args.data} at {args.resolution} in patches of "
+                        f"{config.patch_size}")  # fmt: skip
+    if args.eval_every and args.eval_ref is None and not (emoji and only is None):
+        raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats"
+                        + (". The emoji distance is not for --classes" if emoji else ""))  # fmt: skip
+    if args.eval_every and args.eval_ref is None and args.dino == "emoji":
+        say("the emoji distance flatters what --dino emoji has taught: compare it only with such runs")
     least = 2 if args.eval_ref else emoji_metric.MINIMUM
     if args.eval_every and args.eval_num < least:
         raise DataError(f"--eval-num must be at least {least} for this evaluation")
@@ -328,24 +340,11 @@ def main():
     if world > 1:
         dist.broadcast_object_list(choice, group=control)
 
-    # -- Model, its running average, the frozen teacher of --repa, and the optimizer.
-    torch.manual_seed(args.seed)
-    model = PixNerd(config)
-    if args.init and not choice[0]:
-        say(start_from(model, args.init))
-    teacher = None
-    if args.repa:
-        teacher = (emoji_metric.EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
-    student = Student(model, args.repa_block, teacher.width if teacher else 0).to(device)
-    model.recompute = args.recompute
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parameters = list(student.parameters())
-    optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay)
-
-    # -- Resume. What makes it another run is refused; what only changes its course (--lr, --steps) is not.
+    # -- Is it the same run? What makes it another one is refused; what changes its course (--lr, --steps) is not.
     identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
         "seed", "optimizer", "batch_size", "drop_label", "shift", "augment", "repa", "repa_block")}  # fmt: skip
-    step = 0
+    identity["classes"] = only
+    identity["dino"] = ("emoji" if args.dino == "emoji" else "DINOv2") if args.repa else None
     if choice[0]:
         path, state = found or (choice[0], load_checkpoint(choice[0], mmap))
         checked_config(state, path)
@@ -355,6 +354,24 @@ def main():
         if state["fingerprint"] != dataset.fingerprint and not args.accept_changed_data:
             raise CheckpointError(f"{path}: the pictures in {args.data} are not those of the run so far; restore them, "
                                   "or give --accept-changed-data")  # fmt: skip
+
+    # -- Model, its running average, the frozen teacher of --repa, and the optimizer.
+    torch.manual_seed(args.seed)
+    model = PixNerd(config)
+    if args.init and not choice[0]:
+        say(start_from(model, args.init, dataset.classes))
+    teacher = None
+    if args.repa:
+        teacher = (emoji_metric.EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
+    student = Student(model, args.repa_block, teacher.width if teacher else 0).to(device)
+    model.recompute = args.recompute
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    parameters = list(student.parameters())
+    optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay)
+
+    # -- Resume.
+    step = 0
+    if choice[0]:
         load_weights(model, state["model"], path)
         load_weights(ema, state["ema"], path)
         if student.projector:

@@ -421,21 +421,64 @@ def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flag
 
 
 def test_the_demo_learns_some_classes_with_a_small_teacher(tmp_path):
-    """The flags of `make demo`: the alignment falls, the checkpoint knows its classes, and resuming needs the same."""
+    """The kind of flags of `make demo`: alignment falls, the checkpoint knows its classes, resuming needs the same."""
     out = tmp_path / "run"
     flags = ["--patch-size", 8, "--repa", 0.5, "--repa-block", 2, "--dino", "emoji", "--log-every", 10]
-    status, _, stderr = train(out, "--steps", 20, "--classes", "smileys,food", *flags)
+    status, _, stderr = train(out, "--steps", 20, "--classes", "smileys, food", *flags)
     assert status == 0, stderr
     first, then = [json.loads(line)["alignment"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert then < first - 0.1, (first, then)
     assert last(out)["class_names"] == ["smileys", "food"] and last(out)["projector"]["4.weight"].shape == (128, 128)
     assert "num_classes=2" in refuses(out, "--steps", 21, *flags)
-    assert "--accept-changed-data" in refuses(out, "--steps", 21, "--classes", "food,smileys", *flags)
-    new = tmp_path / "new"
+    for classes in ("food,smileys", "travel,flags"):  # as many, so that only the names tell
+        message = refuses(out, "--steps", 21, "--classes", classes, "--accept-changed-data", *flags)
+        assert "was trained with classes=['smileys', 'food']" in message
+    # Another teacher is refused before it is fetched.
+    flags[-3] = tmp_path / "nowhere.pth"
+    assert "dino='emoji'" in refuses(out, "--steps", 21, "--classes", "smileys,food", *flags)
+
+
+def test_classes_and_the_small_teacher_are_refused_where_they_mean_nothing(folder, tmp_path):
+    new, teacher = tmp_path / "new", ["--repa", 0.5, "--repa-block", 2, "--dino", "emoji"]
     assert "'cars' is not a class" in refuses(new, "--classes", "food,cars")
-    assert "--dino emoji teaches at --resolution 32 in patches of 8 only" in refuses(new, *flags, "--patch-size", 16)
-    assert "--eval-ref" in refuses(new, "--classes", "food", "--eval-every", 1)  # the distance is for all nine
-    assert not new.exists()
+    for nothing in ("", "food,"):
+        assert "'' is not a class" in refuses(new, "--classes", nothing)
+    assert "in patches of 8 only, not emoji at 32 in patches of 16" in refuses(new, *teacher)
+    assert "--dino emoji knows --data emoji" in refuses(new, *teacher, "--data", folder, "--patch-size", 8)
+    assert "not for --classes" in refuses(new, "--classes", "food", "--eval-every", 1)  # the distance is for all nine
+    assert "--classes" in refuses(new, "--classes", "food", "--eval-every", 1, "--eval-ref", "emoji")
+    assert "--classes" in refuses(new, "--classes", "cat", "--data", folder, "--cache-crops", tmp_path / "crops")
+    message = refuses(new, "--classes", "cat", "--data", tmp_path / "elsewhere", "--dry-run")
+    assert "planned only where the data are" in message
+    assert not list(new.rglob("*.p*"))  # no checkpoint, no picture
+
+
+def test_starting_from_other_classes_makes_their_embedding_anew(folder, tmp_path):
+    """As many classes, other names: their vectors would mean something else. Catches: taking them over silently."""
+    source = tmp_path / "source"
+    assert train(source, "--steps", 1, "--classes", "smileys,food")[0] == 0
+    embedding = last(source)["ema"]["class_embed.weight"]
+    for classes, same in (("smileys,food", True), ("food,smileys", False), ("travel,flags", False)):
+        out = tmp_path / classes
+        flags = ["--lr", 1e-12, "--init", source / "last.pt", "--classes", classes]
+        status, text, stderr = train(out, "--steps", 1, *flags)
+        assert status == 0, stderr
+        assert ("another order: made anew" in text) is not same
+        assert torch.allclose(last(out)["model"]["class_embed.weight"], embedding, atol=1e-6) is same
+
+
+def test_small_previews_are_guided_early_and_large_ones_as_in_the_paper(monkeypatch):
+    """Steps, noise and guided times of a preview, by what the model is asked. FID's samples stay the paper's way."""
+    asked = []
+    monkeypatch.setattr(PixNerd, "forward", lambda self, x, t, y: asked.append((len(x), float(t[0]), x)) or 0 * x)
+    for resolution, steps, guided_from in ((32, 30, 0.0), (128, 20, 0.1)):
+        asked.clear()
+        model = PixNerd(dataclasses.replace(TINY, num_classes=1, resolution=resolution, patch_size=8))
+        previews.preview(model, 0, torch.device("cpu"), "fp32")
+        assert len(asked) == steps
+        for batch, t, _ in asked:
+            assert batch == (16 if t > np.float32(guided_from) else 8), t
+        assert abs(asked[0][2].std() - (0.7 if resolution == 32 else 1.0)) < 0.01
 
 
 def test_evaluations_that_cannot_run_are_refused_at_the_start(tmp_path):
