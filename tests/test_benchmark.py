@@ -103,6 +103,7 @@ def test_memory_is_measured_in_a_process_of_its_own_and_recomputing_lowers_it(be
     assert set(seconds) == set(found) | {"all"} and min(seconds.values()) > 0
 
 
+@pytest.mark.slow
 def test_an_image_in_its_own_process_says_how_many_steps_are_guided(bench, capfd):
     """44 of 50 lie strictly within (0.1, 1.0), as float32. Catches a Bench that cannot travel to another process."""
     bench.precisions = ["fp32"]

@@ -173,6 +173,7 @@ def test_tensorboard_drops_what_a_crash_left_behind_the_checkpoint(tmp_path):
 # ---- Weights & Biases ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # make test stays within five minutes on a slow day
 def test_wandb_offline_holds_the_run_under_one_id_also_after_resuming(tmp_path, offline):
     out, flags = tmp_path / "run", ("--wandb", "--log-every", 2)
     assert train(out, "--steps", 4, *flags)[0] == 0
