@@ -132,7 +132,10 @@ def random_crop(pil_image, size, generator):
 
 
 class Emoji:
-    """The 1,906 drawings in assets/, nine classes, at 64 pixels or averaged over 2x2 boxes at 32."""
+    """The 1,906 drawings in assets/, nine classes, at 64 pixels or averaged over 2x2 boxes at 32.
+
+    .kinds: Unicode's finer name for each drawing, "face-smiling" or "food-fruit" (assets/README.md lists all 98).
+    """
 
     classes = EMOJI_CLASSES
 
@@ -141,6 +144,7 @@ class Emoji:
             raise DataError(f"the emoji come at resolution 32 or 64, not {resolution}")
         with np.load(ASSETS / "noto_emoji_64.npz") as archive:
             images, self.labels = torch.from_numpy(archive["images"]), archive["labels"].tolist()
+            self.kinds = archive["subcategories"]  # (N) of text
         images = images.permute(0, 3, 1, 2).float()  # (N, 3, 64, 64)
         if resolution == 32:
             images = torch.nn.functional.avg_pool2d(images, 2)  # (N, 3, 32, 32)
@@ -191,21 +195,35 @@ class ImageFolder:
 
 
 class SomeClasses:
-    """The pictures of some classes of a data set; in the order of `names`, they are then classes 0, 1, ...
+    """Some classes of a data set, which become classes 0, 1, ... in the order of `names`.
 
-    Raises DataError for a name that is no class, or that comes twice.
+    A name is one of the data's classes or, of the emoji, one of their kinds. "food-fruit:4" takes each picture of it
+    four times per epoch: a small class is then learned as fast as a large one. Raises DataError for an unknown name,
+    a number that is not in 1 .. 1000, and pictures that two names would have.
     """
 
     def __init__(self, dataset, names):
-        for name in names:
-            if name not in dataset.classes or names.count(name) > 1:
-                what = "is there twice" if name in dataset.classes else "is not a class of this data"
+        labels, kinds = np.asarray(dataset.labels), getattr(dataset, "kinds", np.array([]))
+        self.dataset, self.classes, kept = dataset, [], []
+        for text in names:
+            plain = text in dataset.classes or ":" not in text
+            name, times = (text, "1") if plain else text.rsplit(":", 1)
+            if name in dataset.classes:
+                pictures = np.flatnonzero(labels == dataset.classes.index(name))
+            elif name in kinds:
+                pictures = np.flatnonzero(kinds == name)
+            else:
                 known = ", ".join(dataset.classes[:10]) + (", ..." if len(dataset.classes) > 10 else "")
-                raise DataError(f"--classes: {name!r} {what}; choose from {known}")
-        number = {dataset.classes.index(name): i for i, name in enumerate(names)}
-        self.dataset, self.classes = dataset, list(names)
-        self.kept = np.flatnonzero(np.isin(dataset.labels, list(number)))  # an array, which loader workers share
-        self.labels = [number[dataset.labels[i]] for i in self.kept]
+                finer = "; finer ones, as food-fruit, are in assets/README.md" if len(kinds) else ""
+                raise DataError(f"--classes: {name!r} is not a class of this data; choose from {known}{finer}")
+            if not (times.isdecimal() and 1 <= int(times) <= 1000):
+                raise DataError(f"--classes: {text!r} should be {name}:N, N from 1 to 1000: how often in an epoch")
+            if any(np.isin(pictures, others).any() for others in kept):
+                raise DataError(f"--classes: pictures of {name!r} are there twice")
+            self.classes.append(name)
+            kept.append(np.tile(pictures, int(times)))
+        self.labels = [number for number, pictures in enumerate(kept) for _ in pictures]
+        self.kept = np.concatenate(kept)  # an array, which loader workers share
         self.fingerprint = f"{dataset.fingerprint}, of it {', '.join(names)}"
 
     def __len__(self):
@@ -230,7 +248,7 @@ def open_dataset(spec, resolution, augment=False, cache=None, write=True, crops=
     (a text that changes when pictures are added, removed or renamed). cache: the folder of the run, which keeps the
     list of the pictures for a quick start next time; write=False only reads what is there. None: neither.
     crops: a folder that keeps the centre crops, so that each picture is decoded once; not for "emoji" (in memory).
-    only: names of classes, where not all are wanted.
+    only: names of classes, where not all are wanted, each as SomeClasses reads it.
     """
     if str(spec) == "emoji":
         dataset = Emoji(resolution, augment)

@@ -90,10 +90,10 @@ def load_features():
 
 def labelled_emoji():
     """All pictures, uint8 (1906, 3, 32, 32), their subcategories (1906), and bool (1906): is it one to train on?"""
-    with np.load(ASSETS / "noto_emoji_64.npz") as archive:  # "animal-bird", "drink": finer than the nine classes
-        targets = np.unique(archive["subcategories"], return_inverse=True)[1]  # (1906)
+    emoji = open_dataset("emoji", SIDE)
+    targets = np.unique(emoji.kinds, return_inverse=True)[1]  # (1906): "animal-bird", "drink", finer than the classes
     # Every tenth picture is kept from training: it shows whether the features hold for pictures that are new.
-    return open_dataset("emoji", SIDE).images, torch.from_numpy(targets), torch.arange(len(targets)) % 10 != 0
+    return emoji.images, torch.from_numpy(targets), torch.arange(len(targets)) % 10 != 0
 
 
 def augment(x, generator):

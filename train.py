@@ -110,7 +110,8 @@ def parse_args(argv=None):
 
     add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
     add("--data", help="emoji, a folder of class folders, or an uncompressed tar of one (default: emoji for Nano)")
-    add("--classes", help="train on these only, as in smileys,people,food (default: all)")
+    add("--classes", help="train on these only, as in smileys,food, or food-fruit:4,flags: finer, and its pictures "
+        "four times per epoch (default: all)")  # fmt: skip
     add("--resolution", type=COUNT, help="side of the training images in pixels " + recipe("resolution"))
     add("--batch-size", type=COUNT, help="images per step over all processes " + recipe("batch_size"))
     add("--micro-batch", type=COUNT, help="images per forward pass and process; gradients add up (default: all)")

@@ -1,5 +1,6 @@
 """Pictures in and out, and the order of training. Numbers of rows are those of the README's list of promises."""
 
+import collections
 import gzip
 import io
 import os
@@ -75,8 +76,8 @@ def test_some_classes_are_the_same_pictures_with_numbers_of_their_own(folder):
     """In the order asked for. Catches: labels of the whole set, or pictures of the neighbours."""
     whole, some = open_dataset("emoji", 32), open_dataset("emoji", 32, only=["flags", "food"])
     assert some.classes == ["flags", "food"] and len(some) == len(some.labels) == 270 + 131
-    kept = [i for i, label in enumerate(whole.labels) if whole.classes[label] in some.classes]
-    for place in (0, 130, 131, 400):
+    kept = [i for name in some.classes for i, label in enumerate(whole.labels) if whole.classes[label] == name]
+    for place in (0, 130, 269, 270, 400):
         image, label = some[place]
         assert torch.equal(image, whole[kept[place]][0])
         assert label == some.labels[place] == ["flags", "food"].index(whole.classes[whole.labels[kept[place]]])
@@ -84,9 +85,39 @@ def test_some_classes_are_the_same_pictures_with_numbers_of_their_own(folder):
     dogs = open_dataset(folder, 16, augment=True, only=["dog"])
     crops = {dogs.__getitem__(1, keyed_generator(k))[0].numpy().tobytes() for k in range(8)}
     assert len(dogs) == 2 and dogs[1][1] == 0 and len(crops) > 1  # augmentation arrives
-    for names, message in ((["cats"], "'cats' is not a class"), (["dog", "dog"], "'dog' is there twice")):
-        with pytest.raises(DataError, match=message + ".*choose from cat, dog"):
+    for names, message in ((["cats"], "'cats' is not a class.*choose from cat, dog$"), (["dog", "dog"], "'dog'.*twice")):
+        with pytest.raises(DataError, match=message):
             open_dataset(folder, 16, only=names)
+
+
+def test_finer_classes_of_the_emoji_and_pictures_that_come_more_often():
+    """food-fruit:4 is the twenty fruit, each four times per epoch. Catches: numbers and names that drift apart."""
+    whole, some = open_dataset("emoji", 32), open_dataset("emoji", 32, only=["food-fruit:4", "country-flag"])
+    assert some.classes == ["food-fruit", "country-flag"] and len(some) == 4 * 20 + 259
+    seen = collections.Counter((some[i][0].numpy().tobytes(), some[i][1]) for i in range(len(some)))
+    fruit = {(whole[i][0].numpy().tobytes(), 0) for i in np.flatnonzero(whole.kinds == "food-fruit")}
+    assert {picture for picture, times in seen.items() if times == 4} == fruit and len(fruit) == 20
+    assert all(label == 1 for picture, label in seen.keys() - fruit)
+    assert {whole.classes[whole.labels[i]] for i in np.flatnonzero(whole.kinds == "food-fruit")} == {"food"}
+    listed = " ".join((data.ASSETS / "README.md").read_text().split())
+    assert all(f" {kind} {(whole.kinds == kind).sum()}" in listed for kind in set(whole.kinds.tolist()))
+    once = open_dataset("emoji", 32, only=["food-fruit", "country-flag"])
+    assert some.fingerprint != once.fingerprint and len(once) == 20 + 259
+    for names, message in (
+        (["food", "food-fruit"], "pictures of 'food-fruit' are there twice"),
+        (["fruit"], "'fruit' is not a class.*assets/README.md"),
+        *(([f"food:{times}"], "should be food:N, N from 1 to 1000") for times in ("", "0", "-1", "1.5", "1001", "x")),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_dataset("emoji", 32, only=names)
+
+
+def test_a_class_folder_with_a_colon_in_its_name_is_found(tmp_path):
+    for name in ("a:2", "a"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), "red").save(tmp_path / name / "1.png")
+    assert open_dataset(tmp_path, 16, only=["a:2"]).classes == ["a:2"]
+    assert len(open_dataset(tmp_path, 16, only=["a:2:3", "a"])) == 4
 
 
 def test_augmentation_crops_and_flips_by_the_generator_only(folder):

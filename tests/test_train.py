@@ -420,6 +420,19 @@ def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flag
     assert flags.split()[-2] in message and not (tmp_path / "run").exists()
 
 
+def test_the_demo_s_command_is_one_that_train_py_takes(tmp_path, monkeypatch, capsys):
+    """Word for word from the Makefile. Catches: a flag or a class that was renamed in one of the two."""
+    recipe = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    (line,) = [line for line in recipe.splitlines() if "train.py --" in line]
+    argv = line.split("train.py")[1].split()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *argv, "--out", str(tmp_path / "run"), "--dry-run"])
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    names = argv[argv.index("--classes") + 1].split(",")
+    assert f"{len(names)} classes" in shown and not (tmp_path / "run").exists()
+
+
 def test_the_demo_learns_some_classes_with_a_small_teacher(tmp_path):
     """The kind of flags of `make demo`: alignment falls, the checkpoint knows its classes, resuming needs the same."""
     out = tmp_path / "run"
