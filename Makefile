@@ -7,7 +7,7 @@ VENV = .venv
 RUN = $(VENV)/bin/python
 
 demo: $(VENV)/ready
-	$(RUN) train.py --classes face-smiling:4,person:3,food-fruit:4,food-sweet:4,country-flag --steps 1250 \
+	$(RUN) train.py --classes face-smiling:5,person:3,food-fruit:4,food-sweet:4,country-flag --steps 1300 \
 		--repa 0.5 --repa-block 4 --dino emoji --out runs/demo
 	cp runs/demo/samples.png samples.png
 	@echo "Look at samples.png: one row per class, drawn by the model that you just trained."
