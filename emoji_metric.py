@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_checkpoint, load_model, load_weights, save_checkpoint
-from data import ASSETS, from_uint8, keyed_generator, open_dataset, to_uint8
+from data import ASSETS, EMOJI_CLASSES, from_uint8, keyed_generator, open_dataset, to_uint8
 from device import DeviceError, autocast, pick_device, pick_precision
 from eval_fid import EvalError, frechet_distance
 from samplers import adams, guide, time_grid
@@ -150,6 +150,9 @@ def draw_emoji(model, num, steps=20, cfg=2.5, seed=0):
     if (model.config.resolution, model.config.num_classes) != (SIDE, labels[-1] + 1):
         raise EvalError(f"the emoji distance is for models of {labels[-1] + 1} classes at {SIDE} pixels, not "
                         f"{model.config.num_classes} at {model.config.resolution}")  # fmt: skip
+    if model.class_names and list(model.class_names) != EMOJI_CLASSES:
+        raise EvalError("the emoji distance is for the nine classes in their order, not "
+                        + ", ".join(model.class_names))  # fmt: skip
     y = torch.tensor([labels[i * len(labels) // num] for i in range(num)], device=device)  # (num)
     noise = torch.stack([torch.randn(3, SIDE, SIDE, generator=keyed_generator(seed, 3, i)) for i in range(num)])
     images = []

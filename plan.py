@@ -137,7 +137,7 @@ class Elsewhere:
 
 
 def epochs_to_steps(epochs, images, batch_size):
-    """--epochs as a number of steps: the first step at which every image was seen `epochs` times."""
+    """--epochs as a number of steps: the first step at which all `images` of an epoch were seen `epochs` times."""
     return math.ceil(epochs * images / batch_size)
 
 

@@ -19,9 +19,9 @@ from samplers import adams, guide, time_grid
 PER_CLASS = 8
 AT_ONCE = 16  # pictures in a batch, so that the memory of a preview stays far below that of a training step
 MEASURED = dict(steps=20, shift=1.0, scale=3.5, interval=(0.1, 1.0), temperature=1.0)  # for FID: the paper's guidance
-# By eye, after `make demo`. What a small picture will be is decided before t = 0.1, where the paper's interval begins:
-# guided from the second step on, and in small steps there, people come out whole. At temperature 1 there are more
-# specks, at 0.65 food fades.
+# By eye, on four whole classes of the emoji after five minutes (the kinds of `make demo` mind less). What a small
+# picture will be is decided before t = 0.1, where the paper's interval begins: guided from the second step on, and in
+# small steps there, people come out whole. At temperature 1 there are more specks, at 0.65 food fades.
 SMALL, SHOWN = 64, dict(steps=30, shift=2.0, scale=2.0, interval=(0.0, 1.0), temperature=0.7)  # up to 64 pixels
 
 

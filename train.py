@@ -20,6 +20,7 @@ import os
 import pathlib
 import signal
 import sys
+import textwrap
 import time
 import traceback
 
@@ -110,14 +111,15 @@ def parse_args(argv=None):
 
     add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
     add("--data", help="emoji, a folder of class folders, or an uncompressed tar of one (default: emoji for Nano)")
-    add("--classes", help="train on these only, as in smileys,food, or food-fruit:4,flags: finer, and its pictures "
-        "four times per epoch (default: all)")  # fmt: skip
+    add("--classes", help="train on these only: names of classes or, of the emoji, of kinds (assets/README.md); NAME:N "
+        "takes its pictures N times per epoch (default: all)")  # fmt: skip
     add("--resolution", type=COUNT, help="side of the training images in pixels " + recipe("resolution"))
     add("--batch-size", type=COUNT, help="images per step over all processes " + recipe("batch_size"))
     add("--micro-batch", type=COUNT, help="images per forward pass and process; gradients add up (default: all)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=COUNT, help="train until this step " + recipe("steps"))
-    length.add_argument("--epochs", type=POSITIVE, help="instead: until every image was seen so many times")
+    length.add_argument("--epochs", type=POSITIVE, help="instead: until every image was seen so many times (of NAME:N, "
+                        "N times as many)")  # fmt: skip
     add("--lr", type=POSITIVE, help="learning rate " + recipe("lr"))
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
     add("--warmup", type=FROM_0, help="steps over which the learning rate rises from 0")
@@ -287,14 +289,17 @@ def main():
         strangers = [other for other in range(world) if fingerprints[other] != fingerprints[0]]
         if strangers:
             raise DataError(f"rank {strangers[0]} finds other pictures in {args.data} than rank 0: make them the same")
-    config = args.config
+    config, source = args.config, f"--classes {args.classes}" if only else args.data
     if args.num_classes not in (None, len(dataset.classes)):
-        raise DataError(f"{args.data} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
+        raise DataError(f"{source} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
     config = dataclasses.replace(config, num_classes=len(dataset.classes))
     if args.repa and not 1 <= args.repa_block <= config.depth:
         raise DataError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
     if len(dataset) < args.batch_size:
-        raise DataError(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
+        raise DataError(f"{source} has {len(dataset)} images per epoch, fewer than --batch-size {args.batch_size}"
+                        + (": lower that, or let pictures come more often, as NAME:4" if only else ""))  # fmt: skip
+    if only:
+        say(f"--classes takes {textwrap.shorten(dataset.summary, 200, placeholder=' ...')}")
     emoji = (args.data, args.resolution) == ("emoji", emoji_metric.SIDE)
     if args.dino == "emoji" and not (emoji and config.patch_size == emoji_metric.PATCH):
         raise DataError(f"--dino emoji knows --data emoji at --resolution {emoji_metric.SIDE} in patches of "

@@ -191,6 +191,13 @@ def test_row_32_a_model_that_draws_nan_gets_no_number():
         draw_emoji(model, 128, steps=1)
 
 
+def test_nine_other_classes_are_not_taken_for_the_nine():
+    model = PixNerd(TINY)
+    model.class_names = ["fruit", *EMOJI_CLASSES[1:]]
+    with pytest.raises(EvalError, match="in their order, not fruit, people, "):
+        draw_emoji(model, 128, steps=1)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["wide.pt"], "9 classes at 32 pixels, not 9 at 64"), (["many.pt"], "not 1000 at 32"),
     (["gone.pt"], "no checkpoint"), (["text.pt"], "not a checkpoint"), (["good.pt", "--num", "127"], "--num"),

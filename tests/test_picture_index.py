@@ -95,9 +95,10 @@ def test_a_tar_gives_what_its_folder_gives(tmp_path, kind, augment):
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
 
 
-def test_workers_read_the_same_tar_at_once(tmp_path):
+@pytest.mark.parametrize("only", [None, ["dog:2", "cat d"]])
+def test_workers_read_the_same_tar_at_once(tmp_path, only):
     """Catches a file position shared by forked processes, which would mix up their pictures."""
-    dataset = open_dataset(write_tar(tmp_path / "a.tar"), 16)
+    dataset = open_dataset(write_tar(tmp_path / "a.tar"), 16, only=only)
     dataset[0]  # opened before the workers are born
     batches = [list(training_batches(dataset, BatchNumbers(0, 10, 7, 7), 0, 0.1, 1.0, workers, pin=False))
                for workers in (0, 2)]  # fmt: skip

@@ -422,14 +422,14 @@ def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flag
 
 def test_the_demo_s_command_is_one_that_train_py_takes(tmp_path, monkeypatch, capsys):
     """Word for word from the Makefile. Catches: a flag or a class that was renamed in one of the two."""
-    recipe = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    recipe, readme = ((ROOT / name).read_text().replace("\\\n", " ") for name in ("Makefile", "README.md"))
     (line,) = [line for line in recipe.splitlines() if "train.py --" in line]
     argv = line.split("train.py")[1].split()
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *argv, "--out", str(tmp_path / "run"), "--dry-run"])
-    with contextlib.suppress(SystemExit):
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     shown = capsys.readouterr().out
     names = argv[argv.index("--classes") + 1].split(",")
+    assert " ".join(["python train.py", *argv]) in " ".join(readme.split())
     assert f"{len(names)} classes" in shown and not (tmp_path / "run").exists()
 
 
@@ -454,6 +454,9 @@ def test_the_demo_learns_some_classes_with_a_small_teacher(tmp_path):
 def test_classes_and_the_small_teacher_are_refused_where_they_mean_nothing(folder, tmp_path):
     new, teacher = tmp_path / "new", ["--repa", 0.5, "--repa-block", 2, "--dino", "emoji"]
     assert "'cars' is not a class" in refuses(new, "--classes", "food,cars")
+    message = refuses(new, "--classes", "food-fruit", "--batch-size", 64)
+    assert "--classes food-fruit has 20 images per epoch, fewer than --batch-size 64" in message
+    assert "--classes food-fruit has 1 classes" in refuses(new, "--classes", "food-fruit", "--num-classes", 9)
     for nothing in ("", "food,"):
         assert "'' is not a class" in refuses(new, "--classes", nothing)
     assert "in patches of 8 only, not emoji at 32 in patches of 16" in refuses(new, *teacher)
