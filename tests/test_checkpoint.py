@@ -282,6 +282,7 @@ def test_export_command_keeps_ema_and_configuration_only(tmp_path, monkeypatch, 
         assert "step" not in load_checkpoint(target) and "model" not in load_checkpoint(target)
 
 
+@pytest.mark.slow
 def test_loading_a_large_file_needs_the_memory_of_its_ema_only(tmp_path):
     """A 190 MB file of which 32 MB are wanted, read in a process of its own: peak memory grows by less than 60 MB."""
     tensors = {f"denoiser.junk{i}": torch.zeros(20_000_000) for i in range(2)}

@@ -400,7 +400,7 @@ def test_row_22_class_folders_of_another_number_are_refused_before_step_1(folder
 def test_row_24_and_31_bad_data_sets_are_named(folder, tmp_path):
     out = tmp_path / "run"
     assert "nowhere" in refuses(out, "--data", tmp_path / "nowhere")
-    assert "6 images, fewer than --batch-size 8" in refuses(out, "--data", folder, "--batch-size", 8)
+    assert "6 images per epoch, fewer than --batch-size 8" in refuses(out, "--data", folder, "--batch-size", 8)
     (folder / "dog" / "0.png").write_bytes(b"")
     for workers in (0, 1):
         assert "0.png" in refuses(out, "--data", folder, "--steps", 9, "--workers", workers)
@@ -539,6 +539,7 @@ def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
     assert 1.2 < losses[0] < 2.0 and losses[-1] < 0.65, losses
 
 
+@pytest.mark.slow
 def test_evaluation_while_training_logs_the_emoji_distance_and_fid(tmp_path):
     """Of EMA samples, into the metrics file; and only with a reference where there is no distance of our own."""
     out = tmp_path / "run"
