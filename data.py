@@ -145,7 +145,7 @@ class Emoji:
             raise DataError(f"the emoji come at resolution 32 or 64, not {resolution}")
         with np.load(ASSETS / "noto_emoji_64.npz") as archive:
             images, self.labels = torch.from_numpy(archive["images"]), archive["labels"].tolist()
-            self.kinds = archive["subcategories"]  # (N) of text
+            self.kinds = archive["subcategories"]  # (1906) of text
         images = images.permute(0, 3, 1, 2).float()  # (N, 3, 64, 64)
         if resolution == 32:
             images = torch.nn.functional.avg_pool2d(images, 2)  # (N, 3, 32, 32)
@@ -200,7 +200,8 @@ class SomeClasses:
 
     A name is one of the data's classes or, of the emoji, one of their kinds. "food-fruit:4" takes each picture of it
     four times per epoch, so that a large class next to it does not take most of the time. Raises DataError for an
-    unknown name, a number that is not in 1 .. 1000, and pictures that two names would have.
+    unknown name, a number that is not in 1 .. 1000, and pictures that two names would have. .summary says what was
+    taken, for people.
     """
 
     def __init__(self, dataset, names):
@@ -218,15 +219,16 @@ class SomeClasses:
                 known = [*dataset.classes, *np.unique(kinds).tolist()]
                 near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or dataset.classes[:10]
                 raise DataError(f"--classes: {text!r} is not a class of this data; did you mean {', '.join(near)}?")
-            if not (len(times) <= 4 and times.isdecimal() and 1 <= int(times) <= 1000):
+            times = int(times) if times.isdecimal() and len(times) <= 4 else 0
+            if not 1 <= times <= 1000:
                 raise DataError(f"--classes: {text!r} should be {name}:N, N from 1 to 1000: how often in an epoch")
             if taken[pictures].any():
                 raise DataError(f"--classes: {text!r} has pictures of a name before it; leave one of the two out")
             taken[pictures] = True
-            self.labels += [len(self.classes)] * len(pictures) * int(times)
+            kept.append(np.tile(pictures, times))
+            self.labels += [len(self.classes)] * len(kept[-1])
             self.classes.append(name)
-            kept.append(np.tile(pictures, int(times)))
-            counts.append(f"{name} {len(pictures)}" + (f" x {int(times)}" if int(times) > 1 else ""))
+            counts.append(f"{name} {len(pictures)}" + (f" x {times}" if times > 1 else ""))
         self.kept = np.concatenate(kept)  # an array, which loader workers share
         self.summary = f"{taken.sum()} pictures: {', '.join(counts)}"
         self.fingerprint = f"{dataset.fingerprint}, of it in this order {', '.join(names)}"

@@ -30,7 +30,7 @@ from eval_fid import EvalError, frechet_distance
 from samplers import adams, guide, time_grid
 
 FEATURES_FILE = ASSETS / "emoji-features.pt"
-SIDE, SUBCATEGORIES = 32, 98
+SIDE, KINDS = 32, 98
 PATCH = 8  # pixels per place of the classifier's last map: the patch of Nano
 WIDTH = 64  # few, so that hundreds of pictures settle the 64 x 64 covariance; Inception's 2,048 need 50,000
 MINIMUM = 2 * WIDTH  # pictures; of fewer, the covariance is mostly chance
@@ -49,7 +49,7 @@ class EmojiFeatures(nn.Module):
         self.stage1, self.stage2, self.stage3 = stage(3, 32), stage(32, 64), stage(64, 128)
         self.project = nn.Linear(128, WIDTH)
         self.norm = nn.BatchNorm1d(WIDTH, affine=False)  # variance 1, so that all features weigh the same
-        self.classify = nn.Linear(WIDTH, SUBCATEGORIES)
+        self.classify = nn.Linear(WIDTH, KINDS)
 
     def last_map(self, x):
         """x (B, 3, 32, 32) in [-1, 1] -> what is seen around the upper left of each 8x8 pixels: (B, 128, 4, 4)."""
@@ -89,9 +89,9 @@ def load_features():
 
 
 def labelled_emoji():
-    """All pictures, uint8 (1906, 3, 32, 32), their subcategories (1906), and bool (1906): is it one to train on?"""
+    """All pictures, uint8 (1906, 3, 32, 32), their kinds (1906) as numbers, and bool (1906): is it one to train on?"""
     emoji = open_dataset("emoji", SIDE)
-    targets = np.unique(emoji.kinds, return_inverse=True)[1]  # (1906): "animal-bird", "drink", finer than the classes
+    targets = np.unique(emoji.kinds, return_inverse=True)[1]  # (1906): "animal-bird", "drink", finer than classes
     # Every tenth picture is kept from training: it shows whether the features hold for pictures that are new.
     return emoji.images, torch.from_numpy(targets), torch.arange(len(targets)) % 10 != 0
 
@@ -107,7 +107,7 @@ def augment(x, generator):
 
 
 def train_features(images, targets, epochs=20, batch_size=64, seed=0):
-    """uint8 (N, 3, 32, 32) and subcategories (N) -> a trained EmojiFeatures, the same for the same seed.
+    """uint8 (N, 3, 32, 32) and kinds (N) -> a trained EmojiFeatures, the same for the same seed.
 
     With more epochs it knows them by heart, and new ones seem far: by 40, the held-out tenth's distance doubles.
     """

@@ -289,14 +289,14 @@ def main():
         strangers = [other for other in range(world) if fingerprints[other] != fingerprints[0]]
         if strangers:
             raise DataError(f"rank {strangers[0]} finds other pictures in {args.data} than rank 0: make them the same")
-    config, source = args.config, f"--classes {args.classes}" if only else args.data
+    config, asked = args.config, f"--classes {args.classes}" if only else args.data
     if args.num_classes not in (None, len(dataset.classes)):
-        raise DataError(f"{source} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
+        raise DataError(f"{asked} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
     config = dataclasses.replace(config, num_classes=len(dataset.classes))
     if args.repa and not 1 <= args.repa_block <= config.depth:
         raise DataError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
     if len(dataset) < args.batch_size:
-        raise DataError(f"{source} has {len(dataset)} images per epoch, fewer than --batch-size {args.batch_size}"
+        raise DataError(f"{asked} has {len(dataset)} images per epoch, fewer than --batch-size {args.batch_size}"
                         + (": lower that, or let pictures come more often, as NAME:4" if only else ""))  # fmt: skip
     if only:
         say(f"--classes takes {textwrap.shorten(dataset.summary, 200, placeholder=' ...')}")

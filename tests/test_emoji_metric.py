@@ -39,7 +39,7 @@ def classifier():
 # The features ----------------------------------------------------------------------------------------------------
 
 def test_the_shipped_features_know_pictures_that_they_never_saw(classifier):
-    """98 subcategories; always saying "country flag", the most frequent, would be right in 14 of 100 cases."""
+    """98 kinds; always saying "country flag", the most frequent, would be right in 14 of 100 cases."""
     logits = classifier(from_uint8(IMAGES[~KNOWN]))[1]
     assert (logits.argmax(1) == TARGETS[~KNOWN]).float().mean() > 0.45
     assert (logits.topk(5).indices == TARGETS[~KNOWN, None]).any(1).float().mean() > 0.7

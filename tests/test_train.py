@@ -469,7 +469,7 @@ def test_classes_and_the_small_teacher_are_refused_where_they_mean_nothing(folde
     assert not list(new.rglob("*.p*"))  # no checkpoint, no picture
 
 
-def test_starting_from_other_classes_makes_their_embedding_anew(folder, tmp_path):
+def test_starting_from_other_classes_makes_their_embedding_anew(tmp_path):
     """As many classes, other names: their vectors would mean something else. Catches: taking them over silently."""
     source = tmp_path / "source"
     assert train(source, "--steps", 1, "--classes", "smileys,food")[0] == 0
