@@ -5,7 +5,7 @@
 
 Letters, with one meaning from top to bottom: B batch, C=3 colours, H and W image, P patch side, L = (H/P)(W/P)
 tokens, D width, Nh heads, Dh = D/Nh head width, M hidden width of the SwiGLU, P2 = P*P.
-Left out: the paper's text-to-image model (section 4.6), which replaces the class embedding by text tokens.
+In text_model.py: the paper's text-to-image model, in which text tokens take the place of the class.
 """
 
 import dataclasses
@@ -14,11 +14,14 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from neural_field import ENCODINGS, FIELD_NORMS, NeuralField, RMSNorm
+from runtime.machine import attention
 
-RECOMPUTE = ("none", "field", "all")  # whose activations are made again in the backward pass (PixNerd.recompute)
+
+def setting(default, help, choices=None, fine_tuning=False):
+    """A field of the configuration. train.py makes a flag of it; `--init` refuses another value unless fine_tuning."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, fine_tuning=fine_tuning))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,55 +31,62 @@ class PixNerdConfig:
     Raises ValueError, naming the field, for values that make no model.
     """
 
-    num_classes: int = 1000
-    resolution: int = 256  # side of the training images; the model itself takes any size that patch_size divides
-    patch_size: int = 16
-    hidden_size: int = 1152  # D
-    num_heads: int = 16  # Nh
-    depth: int = 26  # transformer blocks
-    decoder: str = "field"  # "field", or "linear": one layer per token, the paper's Baseline-L/16
-    field_depth: int = 4  # blocks of the neural field
-    field_width: int = 64  # Dp
-    field_ratio: int = 2  # r
-    field_norm: str = "output"  # none, first, both, output: how much of the field is normalised (section 4.2)
-    encoding: str = "dct"  # dct (Eq. 12) or sincos (Eq. 7)
-    num_freqs: int = 8  # F
+    num_classes: int = setting(1000, "number of classes", fine_tuning=True)
+    resolution: int = setting(256, "side of the training images in pixels", fine_tuning=True)
+    patch_size: int = setting(16, "side of a patch in pixels")  # P
+    hidden_size: int = setting(1152, "width of the transformer")  # D
+    num_heads: int = setting(16, "attention heads")  # Nh
+    depth: int = setting(26, "blocks of the transformer")
+    decoder: str = setting("field", "linear: one layer per token, the paper's baseline", ("field", "linear"))
+    field_depth: int = setting(4, "blocks of the neural field")
+    field_width: int = setting(64, "width of a pixel's features in the field")  # Dp
+    field_ratio: int = setting(2, "hidden width of the field's MLPs, as a multiple of the field's width")  # r
+    field_norm: str = setting("output", "which parts of the field are normalised (section 4.2)", FIELD_NORMS)
+    encoding: str = setting("dct", "of a pixel's place in its patch: Eq. 12 or Eq. 7", tuple(ENCODINGS))
+    num_freqs: int = setting(8, "frequencies per axis of the encoding")  # F
 
     def __post_init__(self):
-        for name, allowed in (
-            ("decoder", ("field", "linear")),
-            ("field_norm", FIELD_NORMS),
-            ("encoding", tuple(ENCODINGS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = "
-                             f"{4 * self.num_heads} (rotary embedding turns pairs for two axes)")  # fmt: skip
+            # The rotary embedding turns pairs of numbers for two axes.
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads}"
+            )
         self.token_grid(self.resolution, self.resolution)
 
     def token_grid(self, height, width):
         """(rows, columns) of tokens in an image of height x width pixels. ValueError if patches do not fill it."""
-        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height}x{width} pixels cannot be cut into patches of {self.patch_size}: "
-                             f"both sides must be multiples of {self.patch_size}")  # fmt: skip
-        return height // self.patch_size, width // self.patch_size
+        P = self.patch_size
+        if height < 1 or width < 1 or height % P or width % P:
+            raise ValueError(f"an image of {height}x{width} pixels cannot be cut into patches of {P}")
+        return height // P, width // P
 
 
 # L and XL are the paper's (sections 4.1, 4.2); B and S keep DiT's shapes of those names with L's field; Nano is ours,
 # for 32-pixel pictures on a laptop. Parameters: Nano 3.0 M, S 45 M, B 155 M, L 452 M, XL 701 M.
 PRESETS = {
-    "Nano": PixNerdConfig(num_classes=9, resolution=32, patch_size=8, hidden_size=128, num_heads=4, depth=8,
-                          field_depth=2, field_width=32, field_ratio=1, num_freqs=6),
+    "Nano": PixNerdConfig(
+        num_classes=9,
+        resolution=32,
+        patch_size=8,
+        hidden_size=128,
+        num_heads=4,
+        depth=8,
+        field_depth=2,
+        field_width=32,
+        field_ratio=1,
+        num_freqs=6,
+    ),
     "S": PixNerdConfig(hidden_size=384, num_heads=6, depth=12, field_depth=2),
     "B": PixNerdConfig(hidden_size=768, num_heads=12, depth=12, field_depth=2),
     "L": PixNerdConfig(hidden_size=1024, num_heads=16, depth=22, field_depth=2),
     "XL": PixNerdConfig(hidden_size=1152, num_heads=16, depth=26, field_depth=4),
-}  # fmt: skip
+}
 
 
 def patchify(x, height, width):
@@ -93,16 +103,16 @@ def unpatchify(patches, rows, height, width):
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, rows * height, L // rows * width)  # (B, C, H, W)
 
 
-def rotary_table(rows, columns, head_width, device=None):
+def rotary_table(rows, columns, head_width, device=None, ends=(16, 16)):
     """Cosines and sines that turn queries and keys by their place in the image: (2, L, Dh/2), float32.
 
-    Places run from 0 to 16 along each axis whatever the number of tokens (16 is the grid of the released model at 256
-    pixels; a larger one interpolates), and the frequencies are 10000^(-k/Dh) for k = 0, 4, 8, ...; pair 2j turns by
+    Places run from 0 to `ends`, down and across, whatever the number of tokens (16 is the grid of the released model at
+    256 pixels; a larger one interpolates), and the frequencies are 10000^(-k/Dh) for k = 0, 4, 8, ...; pair 2j turns by
     x * f_j, pair 2j+1 by y * f_j (released model).
     """
     freqs = 1 / 10000 ** (torch.arange(0, head_width, 4, device=device) / head_width)  # (Dh/4)
-    y = torch.linspace(0, 16, rows, device=device).view(rows, 1, 1) * freqs  # (rows, 1, Dh/4)
-    x = torch.linspace(0, 16, columns, device=device).view(1, columns, 1) * freqs  # (1, columns, Dh/4)
+    y = torch.linspace(0, ends[0], rows, device=device).view(rows, 1, 1) * freqs  # (rows, 1, Dh/4)
+    x = torch.linspace(0, ends[1], columns, device=device).view(1, columns, 1) * freqs  # (1, columns, Dh/4)
     angles = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (rows, columns, Dh/4, 2): x, y, x, y, ...
     angles = angles.reshape(rows * columns, head_width // 2)  # (L, Dh/2)
     return torch.stack([angles.cos(), angles.sin()])  # (2, L, Dh/2)
@@ -132,12 +142,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, Nh, L, Dh) each
         q = rotate(self.q_norm(q), rope)  # (B, Nh, L, Dh)
         k = rotate(self.k_norm(k), rope)  # (B, Nh, L, Dh)
-        if h.device.type == "cpu":
-            # CPUs have no fast backward kernel for bf16 attention: 10 ms against 2 ms in float32 (Nano, batch 64).
-            with torch.autocast("cpu", enabled=False):
-                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).type_as(v)  # (B, Nh, L, Dh)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)  # (B, Nh, L, Dh)
+        out = attention(q, k, v)  # (B, Nh, L, Dh): softmax(q k^T / sqrt(Dh)) v
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
@@ -156,18 +161,21 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block whose normalisations are shifted, scaled and gated by time and class (AdaLN, DiT)."""
+    """A transformer block whose normalisations are shifted, scaled and gated by time and class (AdaLN, DiT).
 
-    def __init__(self, width, num_heads):
+    context: what the attention needs besides the tokens; here the table of the rotary embedding.
+    """
+
+    def __init__(self, width, attn, mlp):
         super().__init__()
-        self.norm1, self.attn = RMSNorm(width), Attention(width, num_heads)
-        self.norm2, self.mlp = RMSNorm(width), SwiGLU(width)
+        self.norm1, self.attn = RMSNorm(width), attn
+        self.norm2, self.mlp = RMSNorm(width), mlp
         # Default initialisation, as in the released model; DiT starts it at zero ("AdaLN-zero").
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, h, c, rope):
+    def forward(self, h, c, *context):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)  # (B, 1, D) each
-        h = h + gate_a * self.attn(self.norm1(h) * (1 + scale_a) + shift_a, rope)  # (B, L, D)
+        h = h + gate_a * self.attn(self.norm1(h) * (1 + scale_a) + shift_a, *context)  # (B, L, D)
         h = h + gate_m * self.mlp(self.norm2(h) * (1 + scale_m) + shift_m)  # (B, L, D)
         return h  # (B, L, D)
 
@@ -203,6 +211,11 @@ class LinearDecoder(nn.Module):
         return self.output(self.norm(h) * (1 + scale) + shift)  # (B, L, C*P2)
 
 
+def plainly(module, *inputs):
+    """module(*inputs)."""
+    return module(*inputs)
+
+
 class PixNerd(nn.Module):
     """The whole model. Class index `config.num_classes` stands for "no class" (classifier-free guidance)."""
 
@@ -213,15 +226,14 @@ class PixNerd(nn.Module):
         self.patch_embed = nn.Linear(3 * P * P, D)
         self.time_embed = TimeEmbedding(D)
         self.class_embed = nn.Embedding(config.num_classes + 1, D)
-        self.blocks = nn.ModuleList(Block(D, config.num_heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(D, Attention(D, config.num_heads), SwiGLU(D)) for _ in range(config.depth))
         if config.decoder == "field":
-            self.decoder = NeuralField(D, P, config.field_width, config.field_ratio, config.field_depth,
-                                       config.num_freqs, config.encoding, config.field_norm)  # fmt: skip
+            field = (config.field_width, config.field_ratio, config.field_depth)  # Dp, r, blocks
+            self.decoder = NeuralField(D, P, *field, config.num_freqs, config.encoding, config.field_norm)
         else:
             self.decoder = LinearDecoder(D, P)
-        # One of RECOMPUTE: whose activations are thrown away after the forward pass and made again in the
-        # backward pass. Less memory for more arithmetic; the numbers stay the same but for the order of some sums.
-        self.recompute = "none"
+        # How blocks and decoder are called. runtime/recompute.py puts activation checkpointing in its place.
+        self.call = plainly
         self.class_names = None  # a list of num_classes names, where a checkpoint brings one; only for people
 
         # Initialisation as released: these four here, zeros in the decoders' last layer, PyTorch's default elsewhere.
@@ -237,8 +249,7 @@ class PixNerd(nn.Module):
         features_at=8 returns (velocity, tokens (B, L, D) after block 8, counted from 1), for REPA.
         grid=(rows, columns) fixes the number of tokens whatever the size of x (paper section 4.5): the trunk sees x
         resampled to its own grid, and the field draws each token's patch with H/rows x W/columns pixels.
-        ValueError where patches do not fill the image, for a block that is not there, and for `grid` with a linear
-        decoder, which has one patch size.
+        ValueError where patches do not fill the image, for a block that is not there, and for `grid` without a field.
         """
         if grid is not None and self.config.decoder == "linear":
             raise ValueError("a linear decoder has one patch size; another density needs decoder='field'")
@@ -260,53 +271,28 @@ class PixNerd(nn.Module):
         c = F.silu(t_emb + self.class_embed(y)).unsqueeze(1)  # (B, 1, D)
         rope = rotary_table(rows, columns, self.config.hidden_size // self.config.num_heads, x.device)  # (2, L, Dh/2)
 
-        recompute = self.recompute if torch.is_grad_enabled() else "none"
         features = None
         for number, block in enumerate(self.blocks, start=1):
-            if recompute == "all":
-                h = checkpoint(block, h, c, rope, use_reentrant=False)  # (B, L, D)
-            else:
-                h = block(h, c, rope)  # (B, L, D)
+            h = self.call(block, h, c, rope)  # (B, L, D)
             features = h if number == features_at else features  # (B, L, D)
 
         if self.config.decoder == "linear":
-            v = self.decoder(h, c).unflatten(-1, (C, P * P))  # (B, L, C, P2)
+            v = self.call(self.decoder, h, c).unflatten(-1, (C, P * P))  # (B, L, C, P2)
         else:
-            s = F.silu(t_emb.unsqueeze(1) + h).flatten(0, 1)  # (B*L, D): the class is not added again (released model)
+            # The class is not added again: with c it has told every block (released model).
+            s = F.silu(t_emb.unsqueeze(1) + h).flatten(0, 1)  # (B*L, D)
             rgb = patchify(x, height, width).flatten(0, 1).transpose(1, 2)  # (B*L, P2, C)
-            if recompute == "none":
-                v = self.decoder(rgb, s, (height, width))  # (B*L, P2, C)
-            else:
-                # The activations of the pixels are the largest of all. Made again, they would be there at once with all
-                # others, and nothing would be saved; for an eighth of the patches at a time, an eighth is there. What
-                # the tokens wrote is kept: it takes most of the field's arithmetic and a small part of its memory.
-                written = [block.to_weights(s).chunk(8) for block in self.decoder.blocks]  # 8 x (B*L/8, 2*Dp*r*Dp) each
-                eighths = zip(rgb.chunk(8), zip(*written))  # 8 pairs: some pixels, and of each block what they need
-                v = torch.cat([checkpoint(self.decoder, some_rgb, None, (height, width), some_written,
-                                          use_reentrant=False) for some_rgb, some_written in eighths])  # (B*L, P2, C)
+            v = self.call(self.decoder, rgb, s, height, width)  # (B*L, P2, C)
             v = v.transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
         v = unpatchify(v, rows, height, width)  # (B, C, H, W)
         return v if features_at is None else (v, features)
+
+    def null(self, y):
+        """The condition that asks for nothing, for classifier-free guidance: y's shape, all "no class"."""
+        return torch.full_like(y, self.config.num_classes)  # (B)
 
     def compile_blocks(self):
         """Compiles each repeated block once, not the whole model: seconds instead of minutes, nearly the same speed."""
         for block in self.blocks:
             block.compile(fullgraph=True)
         self.decoder.compile(fullgraph=True)
-
-
-def count_flops(config, height=None, width=None):
-    """Floating-point operations of one forward pass on one image (matrix products only, 2 per multiply-add).
-
-    A training step costs three times that per image: the backward pass does each product twice more.
-    """
-    rows, columns = config.token_grid(height or config.resolution, width or config.resolution)
-    L, D, P2 = rows * columns, config.hidden_size, config.patch_size**2
-    M = int(2 * 4 * D / 3)
-    block = L * (4 * D * D + 3 * D * M + 2 * L * D) + 6 * D * D  # qkv and proj, SwiGLU, q k^T and its v; AdaLN
-    if config.decoder == "linear":
-        decoder = L * D * 3 * P2 + 2 * D * D
-    else:
-        Dp, matrices = config.field_width, 2 * config.field_ratio * config.field_width**2
-        decoder = L * (config.field_depth * (D * matrices + P2 * matrices) + P2 * Dp * (3 + 3))
-    return 2 * (L * 3 * P2 * D + 256 * D + D * D + config.depth * block + decoder)

@@ -1,15 +1,18 @@
-"""From noise to image: time grids, guidance and the solvers (paper section 4.1; Eq. 3 and 4).
+"""From noise to pictures: time grids, guidance, the solvers, and `generate` (paper section 4.1; Eq. 3 and 4).
 
 A solver is a pure function of a velocity field, `solver(velocity, noise, times)`, where velocity(x, t) gives dx/dt of a
 batch x (B, C, H, W) at one time t, a scalar float32 tensor. It starts from noise at times[0] = 0 and returns x at the
 last time, 1. Classifier-free guidance is not solver code: `guide` wraps the model into such a velocity.
-Every solver calls callback(step, t, x) with the noise (step 0) and after each step, for films and tests.
+Every solver calls callback(step, t, x) with the noise (step 0) and after each step.
 Left out: solvers with adaptive steps; the paper uses fixed grids.
 """
 
 import torch
 
-from flow import score_from_velocity, shift_time
+from data import random_stream, to_uint8
+from flow import clean_from_velocity, score_from_velocity, shift_time
+from runtime.files import UserError
+from runtime.machine import autocast
 
 
 def time_grid(steps, shift=1.0):
@@ -25,29 +28,30 @@ def time_grid(steps, shift=1.0):
     return shift_time(times, shift)  # (steps+1)
 
 
-def guide(model, y, scale, interval=(0.1, 1.0)):
-    """Classifier-free guidance: v = v_none + scale (v_class - v_none), for low < t < high. y (B) class indices.
+def guide(model, y, scale, interval=(0.1, 1.0), **options):
+    """Classifier-free guidance: v = v_null + scale (v_y - v_null), for low < t < high. y (B, ...): the conditions.
 
-    Elsewhere, and for scale 1, it is the class's own velocity and the other half is not computed. Both bounds are
-    strict and compared in float32, as released: with 20 steps the third time is float32(0.1), which is not guided.
+    At other times, and for scale 1, it is v_y alone, at half the cost. Both bounds are strict and compared in float32,
+    as released: with 20 steps the third time is float32(0.1), which is not guided. options: more for the model, `grid`.
     """
     low, high = torch.tensor(interval, dtype=torch.float32)
-    nobody = torch.full_like(y, model.config.num_classes)  # (B): the index that stands for "no class"
+    null_and_y = torch.cat([model.null(y), y])  # (2B, ...)
 
     def velocity(x, t):
         t = torch.as_tensor(t, dtype=torch.float32)
         times = t.to(x.device).expand(len(x))  # (B)
         if scale == 1 or not low < t < high:
-            return model(x, times, y)  # (B, C, H, W)
+            return model(x, times, y, **options)  # (B, C, H, W)
         # One batch of 2B is faster than two of B: each weight is read once.
-        both = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([nobody, y]))  # (2B, C, H, W)
-        v_none, v_class = both.chunk(2)  # (B, C, H, W) each
-        return v_none + scale * (v_class - v_none)  # (B, C, H, W)
+        v_null, v_y = model(torch.cat([x, x]), torch.cat([times, times]), null_and_y, **options).chunk(
+            2
+        )  # (B, C, H, W)
+        return v_null + scale * (v_y - v_null)  # (B, C, H, W)
 
     return velocity
 
 
-def _ignore(step, t, x):
+def _ignore(*_):
     pass
 
 
@@ -133,3 +137,54 @@ def euler_maruyama(velocity, noise, times, generator=None, callback=_ignore):
             x = x_mean
         callback(i + 1, t_next, x)
     return x
+
+
+# The order of adams is a choice of its own; euler_maruyama also wants a generator for each image.
+SOLVERS = {"euler": euler, "heun": heun, "adams": adams, "euler-maruyama": euler_maruyama}
+
+
+def image_noise(seed, numbers, size):
+    """Noise (B, 3, H, W) for image `numbers` (B) of a seed and size (H, W): one stream each, whatever the batch."""
+    return torch.stack([torch.randn(3, *size, generator=random_stream("noise", seed, i)) for i in numbers])
+
+
+def generate(
+    model,
+    y,
+    noise,
+    times,
+    scale,
+    interval=(0.1, 1.0),
+    solver="euler",
+    order=2,
+    generators=None,
+    grid=None,
+    precision="fp32",
+    watch=_ignore,
+):
+    """Pictures, uint8 (B, 3, H, W), of the conditions y (B, ...) from noise (B, 3, H, W), on the device of the noise.
+
+    times: a `time_grid`. solver: a name of SOLVERS. grid: (rows, columns) of tokens, if not as trained. watch(step, t,
+    x_t, x): called at every time of the grid with the state and the clean image that the velocity there points to, for
+    films and progress bars. Raises UserError for a picture that is not finite, which pixels would hide.
+    """
+    guided = guide(model, y, scale, interval, **({"grid": grid} if grid else {}))
+    step, state = 0, None  # of the solver, as its callback tells them
+
+    def velocity(x, t):
+        v = guided(x, t)  # (B, 3, H, W)
+        if x is state:  # and not the trial point at which Heun asks too
+            watch(step, t, x, clean_from_velocity(v, x, t))
+        return v
+
+    def callback(number, t, x):
+        nonlocal state, step
+        step, state = number, x
+
+    options = {"adams": {"order": order}, "euler-maruyama": {"generator": generators}}.get(solver, {})
+    with torch.inference_mode(), autocast(noise.device, precision):
+        x = SOLVERS[solver](velocity, noise, times, callback=callback, **options)  # (B, 3, H, W)
+    watch(len(times) - 1, times[-1], x, x)
+    if not x.isfinite().all():
+        raise UserError(f"--precision {precision}: a picture is not finite; try fp32, or an earlier checkpoint")
+    return to_uint8(x)  # (B, 3, H, W)

@@ -1,558 +1,245 @@
 """Train PixNerd: one loop, on a laptop or under torchrun on many GPUs (paper section 4.1).
 
     python train.py                                        # Nano on the embedded emoji, a few minutes on a CPU
-    torchrun --nproc_per_node=8 train.py --size XL --data IMAGENET/train --repa 0.5
-    python train.py --size XL --data IMAGENET/train --dry-run --world-size 8 --gpu a100     # what that would cost
+    torchrun --nproc_per_node=8 train.py --size XL --repa 0.5          # on the folder that IMAGENET names
+    python train.py --size XL --repa 0.5 --dry-run --world-size 8 --gpu a100     # what that would cost
 
-The same command again resumes. In --out: step-N.pt and last.pt (checkpoints), previews/ (EMA samples of the same
-noise), samples.png (the newest of them), metrics.jsonl (numbers, one line per --log-every), and what --tensorboard
-and --wandb write. The loop below is the whole story; everything above it prepares, everything it calls is one file
-away. Left out: sharding of the model (FSDP), since with 32 images of 256 pixels XL fits an A100 whole (33.9 GB in the
-paper).
+A training step is three pieces, all in this file: `training_loss`, from pixels to the loss; `update`, from gradients to
+weights; and the loop at the end of `main`, which calls the two. The same command again resumes. In --out: step-N.pt and
+last.pt (checkpoints), previews/ (EMA samples of the same noise), samples.png (the newest of them), metrics.jsonl.
+Left out: sharding of the model (FSDP), since with 32 images of 256 pixels XL fits an A100 whole (33.9 GB in the paper).
 """
 
-import argparse
-import contextlib
 import copy
 import dataclasses
 import math
 import os
-import pathlib
-import signal
-import sys
 import textwrap
-import time
-import traceback
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
-import emoji_metric
-from checkpoint import (CheckpointError, FORMAT, check_same, checked_config, load_checkpoint, load_model, load_run,
-                        load_weights, save_run, go_on_from)  # fmt: skip
-from data import BatchNumbers, DataError, from_uint8, open_dataset, training_batches
-from device import (PEAKS, DeviceError, autocast, compiler_trouble, keep_memory, peak_flops, pick_device,
-                    pick_precision)  # fmt: skip
-from dinov2 import TeacherError, load_dinov2
-from download import DownloadError
-from eval_fid import EvalError, open_pictures
+import eval_fid
+from data import from_uint8, open_dataset
 from flow import alignment_loss, flow_matching_loss, interpolate
-from inception import InceptionError, load_inception
-from logs import Log, LogError, require, save_preview
-from model import PRESETS, RECOMPUTE, PixNerd
-from optimizers import make_optimizers
-from plan import MFU, Elsewhere, by_dinov2, describe, epochs_to_steps, training_flops
-from previews import evaluate, preview
-from processes import join, place
-
-# The paper's recipe for ImageNet, and what was measured to be good for minutes on a CPU (README, "Sizes").
-PAPER = dict(batch_size=256, steps=800_000, optimizer="adamw", lr=1e-4, schedule="constant", warmup=0, ema=0.9999,
-             resolution=256, data=None, log_every=100, preview_every=10_000, save_every=5_000)  # fmt: skip
-NANO = dict(batch_size=64, steps=1450, optimizer="muon", lr=1e-2, schedule="cosine", warmup=20, ema=0.99,
-            resolution=32, data="emoji", log_every=100, preview_every=500, save_every=500)  # fmt: skip
-TIME_BINS = 10
-STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
+from model import PixNerd
+from pretrained.dinov2 import DINOv2, load_dinov2
+from pretrained.emoji_classifier import EmojiTeacher
+from runtime.checkpoint import start_from
+from runtime.distributed import Processes, only_adding_up
+from runtime.files import UserError, run
+from runtime.gauges import Gauges
+from runtime.loader import BatchNumbers, micro_batch_size, training_batches
+from runtime.log import Log, is_due
+from runtime.machine import autocast, keep_memory, peak_flops, pick_device, pick_precision, will_compile
+from runtime.optimizers import make_optimizers
+from runtime.options import check_run, class_names, identity, parse_args, plan_settings
+from runtime.picture_sets import open_pictures, pictures_of
+from runtime.plan import ImageNet, describe, epochs_to_steps, training_flops
+from runtime.previews import ema_samples, preview
+from runtime.recompute import RECOMPUTE
+from runtime.run_folder import RunFolder
+from runtime.some_classes import SomeClasses
+from runtime.stopping import Stopping
 
 
 class Student(nn.Module):
-    """What is trained, as one module: the model and, for --repa, the projector from its tokens to the teacher's."""
+    """What is trained, as one module: the model and, for alignment, the projector from its tokens to the teacher's."""
 
-    def __init__(self, model, repa_block, teacher_width):
+    def __init__(self, model, repa_block=8, teacher_width=0):
         super().__init__()
-        self.model, self.repa_block = model, repa_block
-        D = model.config.hidden_size
-        self.projector = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(),
-                                       nn.Linear(D, teacher_width)) if teacher_width else None  # fmt: skip
+        self.model, self.repa_block, self.projector = model, repa_block, None
+        if teacher_width:
+            D = model.config.hidden_size
+            layers = [nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, teacher_width)]
+            self.projector = nn.Sequential(*layers)
 
-    def forward(self, x_t, t, y):
+    def forward(self, x_t, t, y, dropped):
+        # A dropped label becomes "no class": so one model learns both velocities that guidance needs.
+        y = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), self.model.null(y), y)  # (B, ...)
         if self.projector is None:
             return self.model(x_t, t, y), None  # (B, C, H, W)
         v, tokens = self.model(x_t, t, y, features_at=self.repa_block)  # (B, C, H, W), (B, L, D)
         return v, self.projector(tokens)  # (B, C, H, W), (B, L, teacher's width)
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on. One line: what happened, where, and what was saved."""
+def training_loss(student, teacher, batch, drop_label=0.1, repa=0.5, patch_size=16):
+    """From pixels to the loss: (loss (), flow matching loss of each image (B), alignment () or None).
 
-
-def number(kind, fits, range_):
-    """A type for argparse: int or float, where fits(value); the error names the flag and the range in words."""
-
-    def read(text):
-        value = kind(text)
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {range_}")
-        return value
-
-    read.__name__ = kind.__name__  # for what is no number at all
-    return read
-
-
-# Each asks so that "not a number", which is neither above nor below anything, is refused.
-SEED = number(int, lambda value: -(2**63) <= value < 2**63, "a whole number of 64 bits")
-COUNT = number(int, lambda value: value >= 1, "at least 1")
-FROM_0 = number(int, lambda value: value >= 0, "at least 0")
-SHARE = number(float, lambda value: 0 <= value <= 1, "in [0, 1]")
-BELOW_1 = number(float, lambda value: 0 <= value < 1, "in [0, 1)")
-ABOVE_0 = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
-POSITIVE = number(float, lambda value: 0 < value < math.inf, "above 0 and finite")
-NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
-
-
-def parse_args(argv=None):
-    """The command line. Flags that are left out take the recipe of the size: NANO, or PAPER for all others."""
-    parser = argparse.ArgumentParser(description="Train PixNerd. Running the same command again resumes.")
-    add = parser.add_argument
-
-    def recipe(name):
-        return f"(Nano: {NANO[name]}, others: {PAPER[name]})"
-
-    add("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
-    add("--data", help="emoji, a folder of class folders, or an uncompressed tar of one (default: emoji for Nano)")
-    add("--classes", help="train on these only: names of classes or, of the emoji, of kinds (assets/README.md); NAME:N "
-        "takes its pictures N times per epoch (default: all)")  # fmt: skip
-    add("--resolution", type=COUNT, help="side of the training images in pixels " + recipe("resolution"))
-    add("--batch-size", type=COUNT, help="images per step over all processes " + recipe("batch_size"))
-    add("--micro-batch", type=COUNT, help="images per forward pass and process; gradients add up (default: all)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=COUNT, help="train until this step " + recipe("steps"))
-    length.add_argument("--epochs", type=POSITIVE, help="instead: until every image was seen so many times (of NAME:N, "
-                        "N times as many)")  # fmt: skip
-    add("--lr", type=POSITIVE, help="learning rate " + recipe("lr"))
-    add("--schedule", choices=["constant", "cosine"], help="of the learning rate; cosine falls to 0 at --steps")
-    add("--warmup", type=FROM_0, help="steps over which the learning rate rises from 0")
-    add("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the blocks " + recipe("optimizer"))
-    add("--weight-decay", type=NOT_NEGATIVE, default=0.0)
-    add("--clip", type=NOT_NEGATIVE, default=0.0, help="largest norm of the gradient (0: no limit, as in the paper)")
-    add("--ema", type=BELOW_1, help="decay of the averaged weights per step " + recipe("ema"))
-    add("--drop-label", type=SHARE, default=0.1, help="share of samples trained without their class, for guidance")
-    add("--shift", type=POSITIVE, default=1.0, help="time shift of the training times")
-    add("--repa", type=NOT_NEGATIVE, default=0.0, help="weight of alignment with a teacher (0: none; the paper: 0.5)")
-    add("--repa-block", type=COUNT, default=8, help="the block whose output is aligned, counted from 1")
-    add("--dino", help="DINOv2 weights (default: ViT-B/14, downloaded once), or the word emoji: the small classifier "
-        "of emoji_metric.py teaches in its place")  # fmt: skip
-    add("--init", help="start from the weights of this checkpoint, ours or released (fine-tuning)")
-    add("--num-classes", type=COUNT, help="refuse data with another number of classes (default: take what is there)")
-    add("--augment", action="store_true", help="random crop and flip in place of the centre crop")
-    add("--cache-crops", help="a folder for the cropped pictures, so that each is decoded once (252 GB for ImageNet)")
-    add("--patch-size", type=int, help="instead of the preset's")
-    add("--hidden-size", type=int, help="width of the transformer")
-    add("--depth", type=int, help="blocks of the transformer")
-    add("--decoder", choices=["field", "linear"], help="linear: the paper's baseline")
-    add("--field-norm", choices=["none", "first", "both", "output"], help="which parts of the field are normalised")
-    add("--field-width", type=int, help="Dp")
-    add("--field-ratio", type=int, help="hidden width of the field's MLPs, as a multiple of Dp")
-    add("--field-depth", type=int, help="blocks of the neural field")
-    add("--num-freqs", type=int, help="frequencies per axis of the encoding")
-    add("--encoding", choices=["dct", "sincos"], help="of a pixel's place in its patch (Eq. 12 or 7)")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 where the machine is fast in it")
-    add("--compile", nargs="?", const="on", choices=["auto", "on", "off"], default="auto",
-        help="torch.compile each repeated block (auto: where it works; on: an error where not)")  # fmt: skip
-    add("--recompute", choices=RECOMPUTE, default="none", help="activations made again to save memory")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--workers", type=FROM_0, help="loader processes per process (default: 0 for emoji, else up to 8)")
-    add("--timeout", type=POSITIVE, default=1800.0, help="seconds of waiting for another process, as while it saves")
-    add("--out", help="folder of the run (default: runs/SIZE)")
-    add("--save-every", type=FROM_0, help="steps between checkpoints (0: only at the end)")
-    add("--keep", type=COUNT, default=2, help="checkpoints kept, at least 2")
-    add("--preview-every", type=FROM_0, help="steps between previews (0: none)")
-    add("--eval-every", type=FROM_0, default=0, help="steps between evaluations of EMA samples (0: none)")
-    add("--eval-num", type=COUNT, default=1000, help="samples drawn for an evaluation")
-    add("--eval-ref", help="what FID compares with: a reference npz, or a file of eval_fid.py --save-stats. "
-        "Without it, on the emoji, the emoji distance (emoji_metric.py) is logged instead")  # fmt: skip
-    add("--inception", help="weights of the FID network (default: downloaded once)")
-    add("--log-every", type=FROM_0, help="steps between metrics (0: only with a checkpoint)")
-    add("--tensorboard", action="store_true", help="log to OUT/tensorboard as well (pip install tensorboard)")
-    add("--wandb", action="store_true", help="log to Weights & Biases as well (pip install wandb)")
-    add("--seed", type=SEED, default=0)
-    add("--accept-changed-data", action="store_true", help="resume although pictures were added, removed or renamed")
-    add("--dry-run", action="store_true", help="print the configuration and what it costs, and stop")
-    planned = parser.add_argument_group("with --dry-run, the cost on another machine")
-    planned.add_argument("--world-size", type=COUNT, help="number of GPUs (default: the processes at hand)")
-    planned.add_argument("--gpu", choices=PEAKS, help="kind of GPU, for the time that it takes")
-    planned.add_argument("--mfu", type=ABOVE_0, help=f"share of its peak that training reaches (default: {MFU})")
-    planned.add_argument("--bandwidth", type=POSITIVE, help="GB/s from GPU to GPU (default: NVLink's)")
-    args = parser.parse_args(argv)
-    for name in ("world_size", "gpu", "mfu", "bandwidth"):
-        if getattr(args, name) is not None and not args.dry_run:
-            parser.error(f"--{name.replace('_', '-')} is for planning: add --dry-run, or leave it out")
-    for name, needed in (("dino", "repa"), ("eval-ref", "eval-every"), ("inception", "eval-ref")):
-        if getattr(args, name.replace("-", "_")) is not None and not getattr(args, needed.replace("-", "_")):
-            parser.error(f"--{name} does nothing without --{needed}: add it, or leave both out")
-    for name, value in (NANO if args.size == "Nano" else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.data is None:
-        parser.error(f"--size {args.size} needs --data: a folder of class folders like ImageNet's, or a tar of one")
-    if args.cache_crops and (args.augment or args.classes or args.data == "emoji"):
-        parser.error("--cache-crops keeps centre crops of all files: leave it out with --augment, --classes, and "
-                     "--data emoji")  # fmt: skip
-    if args.classes and args.eval_ref == "emoji":
-        parser.error("--eval-ref emoji has all nine classes: with --classes, give statistics of the same ones")
-    args.mfu = MFU if args.mfu is None else args.mfu
-    args.out = args.out or f"runs/{args.size}"
-    choices = ("resolution", "patch_size", "hidden_size", "depth", "decoder", "field_norm", "field_width",
-               "field_ratio", "field_depth", "encoding", "num_freqs")  # fmt: skip
-    chosen = {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
-    try:
-        args.config = dataclasses.replace(PRESETS[args.size], **chosen)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def start_from(model, path, classes):
-    """--init: gives `model` the EMA weights of a checkpoint; what was done, in words. classes: names, for this run.
-
-    Another resolution is fine (positions are interpolated). Other classes (by number or, where the checkpoint knows
-    them, by name) make the class embedding anew, and only that. Raises CheckpointError for anything else that differs.
+    batch: image uint8 (B, 3, H, W), noise (B, 3, H, W), t (B), y (B), u (B) in [0, 1): data.TrainingSamples. teacher: a
+    frozen network whose tokens (B, L, width) the student's are to resemble (REPA, weight `repa`), or None; it is told
+    the student's patch_size, to have its tokens at the same places.
     """
-    source = load_model(path)
-    alike = ("num_heads", "decoder", "field_norm", "encoding")  # what the shapes of the weights do not tell
-    check_same({name: getattr(source.config, name) for name in alike}, dataclasses.asdict(model.config), path)
-    weights, note = source.state_dict(), f"starting from {path}"
-    if source.config.num_classes != model.config.num_classes:
-        weights["class_embed.weight"] = model.class_embed.weight
-        note += (f"; its class embedding was for {source.config.num_classes} classes, this run has "
-                 f"{model.config.num_classes}: made anew")  # fmt: skip
-    elif source.class_names is not None and list(source.class_names) != list(classes):
-        weights["class_embed.weight"] = model.class_embed.weight
-        note += "; its class embedding was for other classes, or another order: made anew"
-    try:
-        load_weights(model, weights, path)
-    except CheckpointError as error:
-        shape = ("patch_size", "hidden_size", "depth", "field_width", "field_ratio", "field_depth", "num_freqs")
-        flags = (f"--{name.replace('_', '-')} {getattr(source.config, name)}" for name in shape)
-        raise CheckpointError(f"{error}; it was trained with {' '.join(flags)}")
-    return note
+    x, t = from_uint8(batch["image"]), batch["t"]  # (B, 3, H, W) in [-1, 1], (B)
+    x_t = interpolate(x, batch["noise"], t)  # (B, 3, H, W), Eq. 1
+    v, tokens = student(x_t, t, batch["y"], batch["u"] < drop_label)  # (B, 3, H, W), (B, L, teacher's width)
+    flow_loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
+    if teacher is None:
+        return flow_loss.mean(), flow_loss, None
+    alignment = alignment_loss(tokens, teacher(batch["image"] / 255, patch_size))  # ()
+    return flow_loss.mean() + repa * alignment, flow_loss, alignment
 
 
-def learning_rate(args, step):
-    """The learning rate of a step: a linear rise over --warmup, then constant or half a cosine down to 0 at --steps."""
-    rise = min(1.0, (step + 1) / (args.warmup + 1))
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))) if args.schedule == "cosine" else 1.0
-    return args.lr * rise * fall
+def update(student, ema, optimizers, gauges, step, lr, decay, clip=0.0):
+    """From gradients to weights: one step of the optimizers and of the running average `ema`, in place."""
+    parameters = list(student.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])  # ()
+    if clip:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    broken = gauges.broken(step, norm)  # (): 1 from the first number on that is not finite, on any rank
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.found_inf = broken  # torch's switch for gradient scaling: at 1, step() changes nothing
+        optimizer.step()
+        optimizer.zero_grad()
+    # ema <- decay ema + (1 - decay) weights: a mean over the last 1 / (1 - decay) steps or so, whose samples are far
+    # better than those of the weights, which wander. Outside autograd, or it would keep a graph of every step.
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(student.model.parameters()), 1 - decay)
 
 
-def next_batch(batches, device):
-    """The next batch of the loader, on the device."""
-    try:
-        return {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
-    except Exception:
-        # Of a killed loader worker, its broken connection is seen first; within this second torch's handler names it.
-        time.sleep(1)
-        raise
+def learning_rate(step, steps, peak, warmup=0, schedule="constant"):
+    """The learning rate of a step: a linear rise over `warmup`, then constant or half a cosine down to 0 at `steps`."""
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) if schedule == "cosine" else 1.0
+    return peak * rise * fall
+
+
+def open_data(spec, names, num_classes, config, augment, folder, processes, planned):
+    """The data set that all ranks see alike, and `config` with its number of classes. Raises UserError, on all ranks.
+
+    names: of --classes. folder: of the run, in which rank 0 leaves the list of the pictures and the others find it.
+    planned: for --dry-run, which writes nothing and needs no data.
+    """
+    with processes.rank_0_first():
+        if planned and spec != "emoji" and not os.path.exists(spec):
+            dataset = ImageNet(num_classes)
+            processes.say(f"{spec} is not here: assuming {len(dataset)} images and {len(dataset.classes)} classes")
+        else:
+            write = processes.rank == 0 and not planned
+            dataset = open_dataset(spec, config.resolution, augment, cache=folder, write=write)
+        if names:
+            dataset = SomeClasses(dataset, names)
+            processes.say(f"--classes takes {textwrap.shorten(dataset.summary, 200, placeholder=' ...')}")
+    asked = f"--classes {','.join(names)}" if names else f"--data {spec}"
+    other = next((r for r, seen in enumerate(processes.of_all(dataset.fingerprint)) if seen != dataset.fingerprint), 0)
+    if other:
+        raise UserError(f"rank {other} finds other pictures in {spec} than rank 0: make them the same")
+    if num_classes not in (None, len(dataset.classes)):
+        raise UserError(f"{asked} has {len(dataset.classes)} classes, not --num-classes {num_classes}")
+    return dataset, dataclasses.replace(config, num_classes=len(dataset.classes))
+
+
+def open_judge(dataset, reference, weights, num, config, seed, device, precision, processes):
+    """--eval-every: a function from the EMA model to {name: score}. Raises UserError now for what would fail then.
+
+    Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
+    """
+    if reference is None and dataset.classifier is None:
+        raise UserError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
+    real = open_pictures(reference, config.resolution) if reference else pictures_of(dataset, "the training data")
+    if tuple(real.size) != (config.resolution, config.resolution):
+        size = f"{real.size[0]}x{real.size[1]}, not of --resolution {config.resolution}"
+        raise UserError(f"--eval-ref {reference} has pictures of {size}: blur would count as a difference")
+    network = eval_fid.open_network("inception" if reference else dataset.classifier, weights).to(device)
+    if num < network.least:
+        raise UserError(f"--eval-num must be at least {network.least} for this evaluation")
+
+    def judge(ema):
+        samples = ema_samples(ema, dataset.labels, num, seed, device, precision)
+        return eval_fid.judge(real, samples, network, device, processes)
+
+    return judge
 
 
 def main():
-    """Reads the flags, prepares, and runs the training loop."""
+    """Reads the flags, prepares what the loop needs, and runs the loop."""
     args = parse_args()
     keep_memory()
-
-    # -- Processes. torchrun sets these variables; without it this is the only process.
-    rank, local_rank, world = place()
-    device = pick_device(args.device, local_rank)
-    args.precision = "bf16" if args.gpu and args.precision == "auto" else pick_precision(args.precision, device)
-    say = print if rank == 0 else (lambda *_: None)
-    world = args.world_size or world
-    share = args.batch_size // world  # images per step on this rank
-    micro = args.micro_batch or share
-    if args.batch_size % world:
-        raise DataError(f"--batch-size {args.batch_size} cannot be shared equally by {world} processes")
-    if share % micro:
-        raise DataError(f"--micro-batch {micro} does not divide the {share} images of a process")
-
-    control = None if args.dry_run else join(rank, world, device, args.timeout)  # the group for shared decisions
-
-    # -- Data. Rank 0 goes first and keeps the list of the pictures in the run's folder, where the others then read it.
-    if control and rank > 0:
-        dist.barrier(group=control)
-    only = None if args.classes is None else [name.strip() for name in args.classes.split(",")]
-    if args.dry_run and args.data != "emoji" and not os.path.exists(args.data):
-        if only:
-            raise DataError(f"--classes can be planned only where the data are, and {args.data} is not here")
-        dataset = Elsewhere(args.num_classes)
-        say(f"{args.data} is not here: assuming ImageNet's {len(dataset)} images and {len(dataset.classes)} classes")
-    else:
-        crops = None if args.dry_run else args.cache_crops
-        try:
-            dataset = open_dataset(args.data, args.resolution, args.augment, args.out,
-                                   write=rank == 0 and not args.dry_run, crops=crops, only=only)  # fmt: skip
-        finally:  # if it failed, the others find out themselves
-            if control and rank == 0:
-                dist.barrier(group=control)
-    if control:
-        fingerprints = [None] * world
-        dist.all_gather_object(fingerprints, dataset.fingerprint, group=control)
-        strangers = [other for other in range(world) if fingerprints[other] != fingerprints[0]]
-        if strangers:
-            raise DataError(f"rank {strangers[0]} finds other pictures in {args.data} than rank 0: make them the same")
-    config, asked = args.config, f"--classes {args.classes}" if only else args.data
-    if args.num_classes not in (None, len(dataset.classes)):
-        raise DataError(f"{asked} has {len(dataset.classes)} classes, not --num-classes {args.num_classes}")
-    config = dataclasses.replace(config, num_classes=len(dataset.classes))
-    if args.repa and not 1 <= args.repa_block <= config.depth:
-        raise DataError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
-    if len(dataset) < args.batch_size:
-        raise DataError(f"{asked} has {len(dataset)} images per epoch, fewer than --batch-size {args.batch_size}"
-                        + (": lower that, or let pictures come more often, as NAME:4" if only else ""))  # fmt: skip
-    if only:
-        say(f"--classes takes {textwrap.shorten(dataset.summary, 200, placeholder=' ...')}")
-    emoji = (args.data, args.resolution) == ("emoji", emoji_metric.SIDE)
-    if args.dino == "emoji" and not (emoji and config.patch_size == emoji_metric.PATCH):
-        raise DataError(f"--dino emoji knows --data emoji at --resolution {emoji_metric.SIDE} in patches of "
-                        f"{emoji_metric.PATCH} only, not {args.data} at {args.resolution} in patches of "
-                        f"{config.patch_size}")  # fmt: skip
-    if args.eval_every and args.eval_ref is None and not (emoji and only is None):
-        raise DataError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats"
-                        + (". The emoji distance is not for --classes" if emoji else ""))  # fmt: skip
-    if args.eval_every and args.eval_ref is None and args.dino == "emoji":
-        say("the emoji distance flatters what --dino emoji has taught: compare it only with such runs")
-    least = 2 if args.eval_ref else emoji_metric.MINIMUM
-    if args.eval_every and args.eval_num < least:
-        raise DataError(f"--eval-num must be at least {least} for this evaluation")
-    if args.eval_ref and not args.dry_run:  # found out now, not at the first evaluation
-        size = open_pictures(args.eval_ref, args.resolution).size
-        if tuple(size) != (args.resolution, args.resolution):
-            raise DataError(f"--eval-ref {args.eval_ref} has pictures of {size[0]}x{size[1]}, not of --resolution "
-                            f"{args.resolution}: blur would count as a difference")  # fmt: skip
-        load_inception(args.inception)
-    if args.epochs:
-        args.steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size)
+    processes = Processes()
+    device = pick_device(args.device, processes.local_rank)
+    precision = "bf16" if args.gpu and args.precision == "auto" else pick_precision(args.precision, device)
+    world = args.world_size or processes.world
+    micro = micro_batch_size(args.batch_size, args.micro_batch, world)
+    if not args.dry_run:
+        processes.connect(device, args.timeout)
+    names = class_names(args.classes)
+    dataset, config = open_data(
+        args.data, names, args.num_classes, args.config, args.augment, args.out, processes, args.dry_run
+    )
+    check_run(args, dataset, config)
+    steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size) if args.epochs else args.steps
     if args.dry_run:
-        return say(describe(args, config, len(dataset), world))
-    workers = args.workers if args.workers is not None else 0 if args.data == "emoji" else min(8, os.cpu_count() or 1)
+        return processes.say(describe(config, len(dataset), world, steps, precision, **plan_settings(args)))
+    judge = args.eval_every and open_judge(
+        dataset, args.eval_ref, args.inception, args.eval_num, config, args.seed, device, precision, processes
+    )
+    folder = RunFolder(args.out, processes, args.keep)
+    dataset = folder.find(identity(args, config), dataset, args.accept_changed_data, mmap=device.type != "cpu")
 
-    # -- Folder. Found out now, not after the first hour.
-    out = pathlib.Path(args.out)
-    try:
-        (out / "previews").mkdir(parents=True, exist_ok=True)
-        (out / f".writable-{rank}").touch()
-        (out / f".writable-{rank}").unlink()
-    except OSError as error:
-        raise DataError(f"--out {out} cannot be written ({error.strerror}): choose another folder")
-    for package in ("tensorboard", "wandb"):
-        if rank == 0 and getattr(args, package):
-            require(package)
-
-    # Rank 0 chooses the checkpoint to go on from, so that all take the same one even if another appears meanwhile.
-    # For a GPU the file is read straight from the disk's cache, which the processes of a machine share; on a CPU it is
-    # copied, or the optimizer would live in a file that is pruned later.
-    mmap = device.type != "cpu"
-    found = load_run(out, say, mmap) if rank == 0 else None
-    choice = [found and str(found[0])]
-    if world > 1:
-        dist.broadcast_object_list(choice, group=control)
-
-    # -- Is it the same run? What makes it another one is refused; what changes its course (--lr, --steps) is not.
-    identity = dataclasses.asdict(config) | {name: getattr(args, name) for name in (
-        "seed", "optimizer", "batch_size", "drop_label", "shift", "augment", "repa", "repa_block")}  # fmt: skip
-    identity["classes"] = only
-    identity["dino"] = ("emoji" if args.dino == "emoji" else "DINOv2") if args.repa else None
-    if choice[0]:
-        path, state = found or (choice[0], load_checkpoint(choice[0], mmap))
-        checked_config(state, path)
-        if "identity" not in state or "optimizers" not in state:
-            raise CheckpointError(f"{path} holds weights only, not a run: give it to --init, with another --out")
-        check_same(state["identity"], identity, path)
-        if state["fingerprint"] != dataset.fingerprint and not args.accept_changed_data:
-            raise CheckpointError(f"{path}: the pictures in {args.data} are not those of the run so far; restore them, "
-                                  "or give --accept-changed-data")  # fmt: skip
-
-    # -- Model, its running average, the frozen teacher of --repa, and the optimizer.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # for the initial weights; all other random numbers come from named streams
     model = PixNerd(config)
-    if args.init and not choice[0]:
-        say(start_from(model, args.init, dataset.classes))
+    if args.init and folder.checkpoint is None:
+        processes.say(start_from(model, args.init, dataset.classes))
     teacher = None
     if args.repa:
-        teacher = (emoji_metric.EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
+        teacher = (EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
     student = Student(model, args.repa_block, teacher.width if teacher else 0).to(device)
-    model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parameters = list(student.parameters())
     optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay)
+    step = folder.restore(student, ema, optimizers, args.weight_decay)
+    model.call = RECOMPUTE[args.recompute]
+    if step < steps and will_compile(args.compile, device, processes.say):
+        model.compile_blocks()
+    shared = processes.share_gradients(student, device)
 
-    # -- Resume.
-    step = 0
-    if choice[0]:
-        load_weights(model, state["model"], path)
-        load_weights(ema, state["ema"], path)
-        if student.projector:
-            load_weights(student.projector, state["projector"], path)
-        for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(part)
-            for group in optimizer.param_groups:
-                group["weight_decay"] = args.weight_decay  # this run's, as --lr
-        if rank == 0:
-            go_on_from(path)
-        step = state["step"]
-        say(f"resuming {path} at step {step}")
-        del state, found
-    if step >= args.steps:
-        final = out / "previews" / f"step-{step:08d}.png"
-        if rank == 0 and step == args.steps and args.preview_every and not final.exists():  # killed while it was drawn
-            save_preview(out, step, preview(ema, args.seed, device, args.precision))
-        return say(f"{out} has {step} of {args.steps} steps: nothing to do (more with --steps)")
+    peak = processes.world * peak_flops(device)  # FLOP/s, 0 where it is not known
+    log = Log(
+        args.out, processes, step, steps, args.batch_size, training_flops(config, isinstance(teacher, DINOv2)), peak
+    )
+    log.send_to(args.tensorboard, args.wandb, vars(args) | dataclasses.asdict(config))
+    size = f"{args.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
+    processes.say(f"training {size}, on {args.data}, in {precision} on {processes.world} x {device.type}: {args.out}/")
+    gauges, stopping = Gauges(processes, device), Stopping(processes)
+    numbers = BatchNumbers(step, steps, args.batch_size, micro, processes.rank, processes.world)
+    batches = training_batches(dataset, numbers, args.seed, args.shift, args.workers, device)
 
-    # -- Speed.
-    if args.compile != "off":
-        trouble = compiler_trouble(device)
-        if trouble and args.compile == "on":
-            raise DeviceError(f"--compile on: {trouble}")
-        if trouble:
-            say(f"not compiling, which is slower but the same: {trouble}")
-        else:
-            model.compile_blocks()
-    wrapped = DistributedDataParallel(student, [device.index] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True) if world > 1 else student  # fmt: skip
+    def show(step):  # what a run shows of itself; at its start, what a kill after the last save left undone
+        if log.wants_picture(step, args.preview_every):
+            log.picture(step, preview(ema, args.seed, device, precision))
+        if log.wants_scores(step, args.eval_every):
+            log.scores(step, judge(ema))
 
-    # -- Stopping. A signal only raises a flag; the loop below agrees on it over all ranks, saves and leaves.
-    stop = {"signal": 0}
-    for number in STOPPING:
-        signal.signal(number, lambda number, frame: stop.update(signal=number))
-
-    def save():
-        if rank == 0:
-            save_run(out, {"format": FORMAT, "config": dataclasses.asdict(config), "class_names": dataset.classes,
-                           "identity": identity, "fingerprint": dataset.fingerprint, "step": step,
-                           "model": model.state_dict(), "ema": ema.state_dict(),
-                           "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                           "projector": student.projector.state_dict() if student.projector else None},
-                     args.keep)  # fmt: skip
-        if world > 1:
-            dist.barrier(group=control)
-
-    # Kept on the device and read only at log steps, so that a GPU never waits for the CPU: sums of the loss by bins of
-    # t, and where a number first stopped being finite. From then on the optimizers skip every update ("found_inf" is
-    # torch's own switch for it, made for gradient scaling), so what is in memory and in the files stays sound.
-    bins = torch.zeros(2, TIME_BINS, device=device)
-    first_bad = torch.zeros(2, dtype=torch.long, device=device)  # step (0: never), and `culprit` as below
-    found_inf = torch.zeros((), device=device)
-    norms, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
-
-    settings = {name: value for name, value in vars(args).items() if name != "config"} | dataclasses.asdict(config)
-    say(f"training {args.size} on {args.data}: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters, "
-        f"{args.precision} on {world} x {device.type}, {out}/")  # fmt: skip
-    peak = peak_flops(device)
-    log = Log(out if rank == 0 else None, step, args.steps, args.batch_size, training_flops(config, by_dinov2(args)),
-              peak and peak * world, args.tensorboard, args.wandb, settings)  # fmt: skip
-    numbers = BatchNumbers(step, args.steps, args.batch_size, micro, rank, world)
-    # Loader workers are born deaf to these signals, which go to all processes of a job: one that obeyed would take its
-    # rank down with it before the save.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    batches = training_batches(dataset, numbers, args.seed, args.drop_label, args.shift, workers, device.type == "cuda")
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-    while step < args.steps:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(args, step)
-
-        # One step, in micro-batches; gradients travel between the processes during the last one.
-        for part in range(share // micro):
-            batch = next_batch(batches, device)  # image, noise, t and y of numbered samples: data.TrainingSamples
-            x = from_uint8(batch["image"])  # (B, 3, H, W), clean, in [-1, 1]
-            x_t = interpolate(x, batch["noise"], batch["t"])  # (B, 3, H, W), Eq. 1
-            last = part == share // micro - 1
-            with wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                with autocast(device, args.precision):
-                    v, tokens = wrapped(x_t, batch["t"], batch["y"])  # (B, 3, H, W), (B, L, teacher's width)
-                    loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
-                    total = loss.mean()  # ()
-                    if teacher:
-                        seen = teacher(batch["image"] / 255, config.patch_size)  # (B, L, teacher's width)
-                        alignment = alignment_loss(tokens, seen)  # ()
-                        total = total + args.repa * alignment  # ()
-                        aligned += alignment.detach() * micro / share
-                (total * micro / share).backward()
-            where = (batch["t"] * TIME_BINS).long().clamp(max=TIME_BINS - 1)  # (B)
-            bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
-
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if args.clip:
-            nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
-        # The sums for the log tell as well whether all losses were finite. One that was not stops the updates on all
-        # ranks, and all know whose it was: the lowest such rank has the largest world - rank; 0 is nobody's.
-        culprit = torch.where(bins.isfinite().all(), 0, world - rank)
-        if world > 1:
-            dist.all_reduce(culprit, dist.ReduceOp.MAX)
-        bad = (culprit > 0) | ~norm.isfinite()
-        first_bad = torch.where(bad & (first_bad[0] == 0), torch.stack([bad * (step + 1), culprit]), first_bad)
-        found_inf = (first_bad[0] > 0).float()
-        for optimizer in optimizers:
-            optimizer.found_inf = found_inf  # read by fused AdamW and by Muon: at 1, step() changes nothing
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():  # else the average would remember, and keep in memory, every step that made it
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - args.ema)
-        norms += norm
+    show(step)
+    while step < steps:
+        for part in range(numbers.parts):
+            batch = next(batches)
+            with only_adding_up(shared, part < numbers.parts - 1):
+                with autocast(device, precision):
+                    loss, losses, alignment = training_loss(
+                        shared, teacher, batch, args.drop_label, args.repa, config.patch_size
+                    )
+                # All micro-batches are of one size, so the mean over the step is the mean of their means.
+                (loss / numbers.parts).backward()
+            gauges.add(batch["t"], losses, alignment, 1 / numbers.parts)
+        lr = learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         step += 1
-        log.bar.update()
+        update(student, ema, optimizers, gauges, step, lr, args.ema, args.clip)
 
-        if world > 1:  # does any rank want to stop?
-            flag = torch.tensor(stop["signal"])
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=control)
-            stop["signal"] = int(flag)
-        leaving = stop["signal"] or step == args.steps
-        saving = leaving or (args.save_every and step % args.save_every == 0)
-
-        if saving or (args.log_every and step % args.log_every == 0):
-            if found_inf.item():
-                when, who = first_bad.tolist()
-                what = f"loss stopped being finite on rank {world - who}" if who else "gradient was not finite"
-                raise TrainingError(f"the {what} at step {when}; nothing after it was kept. "
-                                    "Resume with a lower --lr, or with --clip 1")  # fmt: skip
-            if world > 1:
-                dist.all_reduce(bins)
-                dist.all_reduce(aligned.div_(world))
-            sums, counts = bins.tolist()
-            steps_done = step - log.step
-            log.training(
-                step,
-                loss=sum(sums) / sum(counts),
-                loss_by_time=[round(s / n, 5) if n else None for s, n in zip(sums, counts)],
-                lr=learning_rate(args, step - 1),
-                grad_norm=norms.item() / steps_done,
-                **({"alignment": aligned.item() / steps_done} if teacher else {}),
-            )
-            for gathered in (bins, norms, aligned):
-                gathered.zero_()
-
+        leaving = stopping.agreed() or step == steps
+        saving = leaving or is_due(step, args.save_every)
+        if saving or is_due(step, args.log_every):
+            log.training(step, gauges.read() | {"lr": lr})
         with log.pause():
             if saving:
-                save()
-            if rank == 0 and args.preview_every and (step % args.preview_every == 0 or step == args.steps):
-                log.picture(step, preview(ema, args.seed, device, args.precision))
-            if args.eval_every and step % args.eval_every == 0:
-                scores = evaluate(ema, args, device, rank, world)
-                log.numbers(step, scores)
-                say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+                folder.save(step, student, ema, optimizers, dataset)
+            show(step)
         if leaving:
             break
-
-    log.close()
-    if stop["signal"]:
-        say(f"stopped by {signal.Signals(stop['signal']).name} at step {step}, saved; the same command goes on")
-    else:
-        say(f"done: {out}/last.pt" + (f", {out}/samples.png" if args.preview_every else ""))
-    if world > 1:
-        dist.destroy_process_group()
+    log.close(step, stopping.decision)
+    processes.close()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        # Python would wait at its end for loader workers that are still wanted: let go of everything that main() held.
-        traceback.clear_frames(error.__traceback__)
-        line = str(error).strip().splitlines()[-1:] or [""]
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):  # the one that failed shows what happened
-            sys.exit(f"train.py: rank {os.environ.get('RANK', 0)} lost touch with another process: {line[0]}")
-        # Mistakes and trouble with the machine get one line; anything else is a fault of ours, with its traceback.
-        told = (CheckpointError, DataError, DeviceError, DownloadError, LogError, TeacherError, TrainingError,
-                OSError, EvalError, InceptionError)  # fmt: skip
-        if isinstance(error, told) or str(error).startswith("DataLoader worker"):
-            sys.exit(f"train.py: {line[0]}")
-        raise
+    run(main)

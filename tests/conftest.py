@@ -1,7 +1,8 @@
-"""Shared by all tests: the project on the path, and golden files of the public implementation, read once."""
+"""The project on the path, and the fixtures that several test files ask for by name."""
 
 import pathlib
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Two threads at most, so that timings and rounding do not depend on the machine that runs the tests.
+# Two threads at most, so that rounding does not depend on the machine that runs the tests.
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture
 def golden():
-    """golden("c2i_square")["v"] is a tensor of that file; names with a dot are read the same way."""
+    """golden("c2i_square")["v"] is a tensor of that file of tests/golden; its README says what each one holds."""
 
     def read(name):
         with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as archive:
@@ -28,8 +29,8 @@ def golden():
 @pytest.fixture
 def golden_model(golden):
     """(model, file) of a golden class-conditional model, its weights read through `import_reference`."""
-    from checkpoint import import_reference
     from model import PixNerd
+    from pretrained.released import import_reference
 
     def build(name):
         file = golden(name)
@@ -39,3 +40,27 @@ def golden_model(golden):
         return model.eval(), file
 
     return build
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes with three pictures each."""
+    from helpers import make_class_folder
+
+    return make_class_folder(tmp_path / "data")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of this machine whose faults a test switches on (helpers.FaultyServer); retries follow at once."""
+    from helpers import FaultyServer
+    from runtime.files import download
+
+    server = FaultyServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # a proxy of the surroundings must not see these requests
+    monkeypatch.setattr(download, "RETRY_WAITS", (0, 0, 0))
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 import pickle
 import random
 import subprocess
@@ -11,20 +10,14 @@ import zipfile
 
 import pytest
 import torch
+from helpers import ROOT, TINY, randomised, run_state
 
-import checkpoint
-from checkpoint import (CheckpointError, FORMAT, export_reference, go_on_from, import_reference, load_checkpoint,
-                        load_model, load_run, save_checkpoint, save_run)  # fmt: skip
-from model import PixNerd
-from test_model import TINY, randomised
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def run_state(step, seed=0):
-    model = randomised(TINY, seed)
-    return {"format": FORMAT, "config": dataclasses.asdict(TINY), "step": step, "class_names": ["a", "b", "c"],
-            "model": model.state_dict(), "ema": randomised(TINY, seed + 1).state_dict()}  # fmt: skip
+from model import PixNerdConfig
+from pretrained.released import export_reference
+from runtime import checkpoint
+from runtime.checkpoint import FORMAT, load_checkpoint, load_model, save_checkpoint, start_from
+from runtime.files import UserError
+from runtime.run_folder import load_run, save_run, tidy
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -50,7 +43,7 @@ def test_load_model_takes_the_ema_or_the_raw_weights(tmp_path):
 # ---- a run's folder --------------------------------------------------------------------------------------------------
 
 
-def test_rule_b_runs_keep_the_newest_and_last_pt_is_one_of_them(tmp_path):
+def test_runs_keep_the_newest_and_last_pt_is_one_of_them(tmp_path):
     for step in (10, 20, 30):
         save_run(tmp_path, run_state(step, seed=step), keep=1)  # at least two are kept all the same
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "step-00000020.pt", "step-00000030.pt"]
@@ -58,7 +51,7 @@ def test_rule_b_runs_keep_the_newest_and_last_pt_is_one_of_them(tmp_path):
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 30
 
 
-def test_row_9_a_truncated_newest_checkpoint_falls_back_with_a_warning(tmp_path):
+def test_a_truncated_newest_checkpoint_falls_back_with_a_warning(tmp_path):
     save_run(tmp_path, run_state(10))
     save_run(tmp_path, run_state(20))
     newest = tmp_path / "step-00000020.pt"
@@ -67,11 +60,11 @@ def test_row_9_a_truncated_newest_checkpoint_falls_back_with_a_warning(tmp_path)
         newest.write_bytes(whole[:cut])
         path, state = load_run(tmp_path, warnings.append)
         assert state["step"] == 10 and "step-00000020.pt" in warnings[-1]
-        with pytest.raises(CheckpointError, match="step-00000020.pt"):  # named explicitly, it is an error
+        with pytest.raises(UserError, match="step-00000020.pt"):  # named explicitly, it is an error
             load_model(newest)
 
 
-def test_row_10_flipped_bits_are_rejected(tmp_path):
+def test_flipped_bits_are_rejected(tmp_path):
     """Anywhere in the tensors, of which torch.load alone would notice none."""
     path = tmp_path / "x.pt"
     save_checkpoint(path, run_state(1))
@@ -82,16 +75,16 @@ def test_row_10_flipped_bits_are_rejected(tmp_path):
         entry = dice.choice(records)
         place = entry.header_offset + 200 + dice.randrange(entry.file_size - 200)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << dice.randrange(8))]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError):
+        with pytest.raises(UserError):
             load_checkpoint(path)
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_row_10_bits_flipped_around_the_tensors_are_rejected_or_harmless(tmp_path, mmap):
+def test_bits_flipped_around_the_tensors_are_rejected_or_harmless(tmp_path, mmap):
     """One flip in every byte of a small file: names, sizes, flags, the directory at its end.
 
     Catches: a record that has become a folder, of which torch reads nothing and returns whatever is in memory, and
-    errors of the zip reader that are not CheckpointErrors, at which a run would end in place of falling back.
+    errors of the zip reader that are not UserErrors, at which a run would end in place of falling back.
     """
     path, state = tmp_path / "x.pt", {"step": 3, "ema": {"a": torch.arange(40.0)}, "names": ["b", 2.5]}
     save_checkpoint(path, state)
@@ -101,7 +94,7 @@ def test_row_10_bits_flipped_around_the_tensors_are_rejected_or_harmless(tmp_pat
         path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
         try:
             loaded = load_checkpoint(path, mmap)
-        except CheckpointError:
+        except UserError:
             refused += 1
             continue
         assert (loaded["step"], loaded["names"]) == (3, ["b", 2.5]), place
@@ -109,14 +102,14 @@ def test_row_10_bits_flipped_around_the_tensors_are_rejected_or_harmless(tmp_pat
     assert refused > len(whole) / 3  # the rest is padding, and times of files
 
 
-def test_row_9_a_damaged_file_does_not_count_among_those_that_are_kept(tmp_path):
+def test_a_damaged_file_does_not_count_among_those_that_are_kept(tmp_path):
     """Passed over, it lies ahead of the run. Catches: pruning the last sound one, or the one just written, for it."""
     for step in (4, 6):
         save_run(tmp_path, run_state(step))
     (tmp_path / "step-00000006.pt").write_bytes(b"rubbish")
     path, state = load_run(tmp_path, lambda _: None)
     assert state["step"] == 4
-    go_on_from(path)
+    tidy(path)
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 4
     save_run(tmp_path, run_state(8))
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "step-00000004.pt", "step-00000006.damaged", "step-00000008.pt"]
@@ -124,22 +117,22 @@ def test_row_9_a_damaged_file_does_not_count_among_those_that_are_kept(tmp_path)
     assert load_run(tmp_path, lambda _: None)[1]["step"] == 4
 
 
-def test_row_11_a_folder_with_last_pt_alone_is_gone_on_from(tmp_path):
+def test_a_folder_with_last_pt_alone_is_resumed(tmp_path):
     save_run(tmp_path, run_state(10))
     (tmp_path / "step-00000010.pt").unlink()
     path, state = load_run(tmp_path)
     assert path.name == "last.pt" and state["step"] == 10
     path.write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+    with pytest.raises(UserError, match="all 1 checkpoints"):
         load_run(tmp_path, lambda _: None)
 
 
-def test_row_11_all_checkpoints_corrupt_is_an_error(tmp_path):
+def test_all_checkpoints_corrupt_is_an_error(tmp_path):
     for step in (10, 20):
         save_run(tmp_path, run_state(step))
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match="all 2 checkpoints"):
+    with pytest.raises(UserError, match="all 2 checkpoints"):
         load_run(tmp_path, lambda _: None)
     assert load_run(tmp_path / "empty") is None
 
@@ -154,25 +147,22 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
-def test_row_12_pickled_code_is_refused_and_does_not_run(tmp_path):
+def test_pickled_code_is_refused_and_does_not_run(tmp_path):
     torch.save({"format": FORMAT, "config": Bomb(tmp_path / "touched")}, tmp_path / "evil.pt")
     for command in (
         ["sample.py", "--ckpt", tmp_path / "evil.pt"],
-        ["checkpoint.py", "export", tmp_path / "evil.pt", "y"],
-        ["emoji_metric.py", tmp_path / "evil.pt"],
+        ["-m", "runtime.checkpoint", "export", tmp_path / "evil.pt", "y"],
         ["train.py", "--init", tmp_path / "evil.pt", "--out", tmp_path / "run"],
     ):
-        done = subprocess.run(
-            [sys.executable, ROOT / command[0], *command[1:]], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1 and "refused" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     os.rename(tmp_path / "evil.pt", tmp_path / "step-00000001.pt")
-    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+    with pytest.raises(UserError, match="all 1 checkpoints"):
         load_run(tmp_path, lambda _: None)
     assert not (tmp_path / "touched").exists()
 
 
-def test_row_13_old_and_foreign_files_are_named_as_such(tmp_path):
+def test_old_and_foreign_files_are_named_as_such(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "text.pt").write_text("weights, honestly")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
@@ -186,11 +176,13 @@ def test_row_13_old_and_foreign_files_are_named_as_such(tmp_path):
     save_checkpoint(tmp_path / "number.pt", {"state_dict": {"s_embedder.proj.weight": 3}})
     save_checkpoint(tmp_path / "no-config.pt", {"format": FORMAT, "config": None, "ema": {}})
     save_checkpoint(tmp_path / "no-table.pt", run_state(1) | {"ema": [1]})
-    save_checkpoint(tmp_path / "whole-numbers.pt",
-                    run_state(1) | {"ema": {key: tensor.int() for key, tensor in run_state(1)["ema"].items()}})  # fmt: skip
+    save_checkpoint(
+        tmp_path / "whole-numbers.pt",
+        run_state(1) | {"ema": {key: tensor.int() for key, tensor in run_state(1)["ema"].items()}},
+    )
     save_checkpoint(tmp_path / "no-tensors.pt", run_state(1) | {"ema": dict.fromkeys(run_state(1)["ema"], 3)})
     for path in tmp_path.glob("*.pt"):
-        with pytest.raises(CheckpointError, match=path.name) as error:
+        with pytest.raises(UserError, match=path.name) as error:
             load_model(path)
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
@@ -199,14 +191,16 @@ def test_row_13_old_and_foreign_files_are_named_as_such(tmp_path):
         load_model(tmp_path)
 
 
-def test_row_14_a_full_disk_keeps_the_previous_file_and_tells_the_true_reason(tmp_path):
+def test_a_full_disk_keeps_the_previous_file_and_tells_the_true_reason(tmp_path):
     """A file-size limit stands for the disk: the write fails with EFBIG half-way through."""
-    code = ("import resource, signal, sys, torch, checkpoint\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(10)})\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-            "try: checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(100_000)})\n"
-            "except OSError as error: print(error.errno)\n")  # fmt: skip
+    code = (
+        "import resource, signal, sys, torch\nfrom runtime import checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(10)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(100_000)})\n"
+        "except OSError as error: print(error.errno)\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "x.pt"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -215,13 +209,13 @@ def test_row_14_a_full_disk_keeps_the_previous_file_and_tells_the_true_reason(tm
     assert load_checkpoint(tmp_path / "x.pt")["a"].shape == (10,)
 
 
-def test_row_16_left_over_temporary_files_are_ignored_and_removed(tmp_path):
+def test_left_over_temporary_files_are_ignored_and_removed(tmp_path):
     save_run(tmp_path, run_state(10))
-    (tmp_path / "step-00000011.pt.tmp").write_bytes(b"half a checkpoint")
-    (tmp_path / "last.pt.tmp").write_bytes(b"half a checkpoint")
+    (tmp_path / ".tmp-step-00000011.pt").write_bytes(b"half a checkpoint")
+    (tmp_path / ".tmp-last.pt").write_bytes(b"half a checkpoint")
     assert load_run(tmp_path)[1]["step"] == 10
     save_run(tmp_path, run_state(20))
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_missing_superfluous_and_misshapen_weights_are_named(tmp_path):
@@ -229,7 +223,7 @@ def test_missing_superfluous_and_misshapen_weights_are_named(tmp_path):
         state = run_state(1)
         change(state["ema"])
         save_checkpoint(tmp_path / "x.pt", state)
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(UserError) as error:
             load_model(tmp_path / "x.pt")
         return str(error.value)
 
@@ -238,44 +232,14 @@ def test_missing_superfluous_and_misshapen_weights_are_named(tmp_path):
     assert "patch_embed.bias has shape (3,)" in broken(lambda ema: ema.update({"patch_embed.bias": torch.ones(3)}))
 
 
-# ---- the released model ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefixed", [True, False])
-def test_released_files_are_read_by_the_same_function(golden, golden_model, tmp_path, prefixed):
-    """A Lightning file with both sets of weights and the trainer's own keys, or a bare state dict."""
-    file = golden("c2i_square")
-    weights = {key[2:]: value for key, value in file.items() if key.startswith("w.")}
-    state = weights
-    if prefixed:
-        state = {f"ema_denoiser.{key}": value for key, value in weights.items()}
-        state |= {f"denoiser.{key}": value + 1 for key, value in weights.items()}
-        state |= {"diffusion_trainer.proj.0.weight": torch.ones(2, 2)}
-    save_checkpoint(tmp_path / "x.ckpt", {"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.5.0"})
-    model = load_model(tmp_path / "x.ckpt")
-    v = model(file["x"], file["t"], file["y"])
-    assert (v - file["v"]).abs().max() < 1e-5 * file["v"].abs().max()
-    if prefixed:
-        raw = load_model(tmp_path / "x.ckpt", "raw")
-        assert torch.equal(raw.patch_embed.bias, model.patch_embed.bias + 1)
-
-
-def test_export_under_released_names_is_the_inverse_of_import(golden, golden_model):
-    model, file = golden_model("c2i_wide")
-    exported = export_reference(model)
-    assert exported.keys() == {key[2:] for key in file if key.startswith("w.")}
-    assert all(torch.equal(value, file[f"w.{key}"]) for key, value in exported.items())
-    config, _ = import_reference(exported)
-    assert config == model.config
-    with pytest.raises(ValueError, match="decoder"):
-        export_reference(PixNerd(dataclasses.replace(TINY, decoder="linear")))
+# ---- export ----------------------------------------------------------------------------------------------------------
 
 
 def test_export_command_keeps_ema_and_configuration_only(tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "x.pt", run_state(7))
     for flags, tolerance in (([], 0), (["--half"], 1e-3), (["--reference"], 0)):
         target = tmp_path / "out.pt"
-        monkeypatch.setattr(sys, "argv", ["checkpoint.py", "export", str(tmp_path / "x.pt"), str(target), *flags])
+        monkeypatch.setattr(sys, "argv", ["checkpoint", "export", str(tmp_path / "x.pt"), str(target), *flags])
         checkpoint.main()
         a, b = load_model(tmp_path / "x.pt").state_dict(), load_model(target).state_dict()
         assert all((a[key] - b[key]).abs().max() <= tolerance for key in a)
@@ -286,15 +250,47 @@ def test_export_command_keeps_ema_and_configuration_only(tmp_path, monkeypatch, 
 def test_loading_a_large_file_needs_the_memory_of_its_ema_only(tmp_path):
     """A 190 MB file of which 32 MB are wanted, read in a process of its own: peak memory grows by less than 60 MB."""
     tensors = {f"denoiser.junk{i}": torch.zeros(20_000_000) for i in range(2)}
-    small = {f"ema_denoiser.{key}": value for key, value in export_reference(randomised(
-        dataclasses.replace(TINY, num_classes=250_000))).items()}  # fmt: skip
+    small = {
+        f"ema_denoiser.{key}": value
+        for key, value in export_reference(randomised(dataclasses.replace(TINY, num_classes=250_000))).items()
+    }
     save_checkpoint(tmp_path / "big.ckpt", {"state_dict": tensors | small})
-    code = ("import resource, sys, checkpoint\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "before = peak(); model = checkpoint.load_model(sys.argv[1])\n"
-            "model.class_embed.weight.sum(); print(peak() - before)")  # fmt: skip
+    code = (
+        "import resource, sys\nfrom runtime import checkpoint\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); model = checkpoint.load_model(sys.argv[1])\n"
+        "model.class_embed.weight.sum(); print(peak() - before)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "big.ckpt"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     kilobytes = int(done.stdout) * (1024 if sys.platform == "linux" else 1) / 1024
     assert kilobytes < 60_000
+
+
+# ---- starting from another checkpoint --------------------------------------------------------------------------------
+
+
+OTHER = {"decoder": "linear", "field_norm": "none", "encoding": "sincos"} | {
+    "patch_size": 8,
+    "hidden_size": 64,
+    "num_heads": 4,
+    "depth": 1,
+    "field_depth": 2,
+    "field_width": 4,
+    "field_ratio": 3,
+    "num_freqs": 4,
+}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(PixNerdConfig), ids=lambda field: field.name)
+def test_every_setting_of_a_model_must_agree_under_init_unless_it_is_marked(tmp_path, field):
+    """Also one whose change no shape tells. Catches: a setting added to the configuration and forgotten here."""
+    save_checkpoint(tmp_path / "x.pt", run_state(1))
+    if field.metadata["fine_tuning"]:
+        config = dataclasses.replace(TINY, **{field.name: 2 * getattr(TINY, field.name)})
+        assert "starting from" in start_from(randomised(config), tmp_path / "x.pt", ["a", "b", "c"])
+    else:
+        config = dataclasses.replace(TINY, **{field.name: OTHER[field.name]})
+        with pytest.raises(UserError, match=f"was trained with {field.name}=.*but this run asks for"):
+            start_from(randomised(config), tmp_path / "x.pt", ["a", "b", "c"])

@@ -1,27 +1,40 @@
 """The five metrics against golden numbers, closed forms and naive loops; and input that must not give a number."""
+
 import json
 import os
-import pathlib
 import re
-import runpy
 import socket
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, complaint, run_script
 from PIL import Image
 
-import eval_fid
-import inception
-from eval_fid import (EvalError, Statistics, evaluate, extract_features, frechet_distance, inception_score,
-                      open_pictures, precision_recall, trace_sqrt_product)
+from data import open_dataset
+from eval_fid import (
+    Statistics,
+    compare,
+    describe,
+    frechet_distance,
+    inception_score,
+    judge,
+    precision_recall,
+    trace_sqrt_product,
+)
+from pretrained.emoji_classifier import EmojiClassifier, load_emoji_classifier
+from pretrained.inception import InceptionV3, load_inception
+from runtime.distributed import Processes
+from runtime.eval_report import PUBLISHED, print_table
+from runtime.feature_networks import check_pictures, open_network
+from runtime.files import UserError
+from runtime.picture_sets import STATISTICS, Pictures, open_pictures, pictures_of
 
-ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / "tests/golden/metrics.npz")
 SQRTM = np.load(ROOT / "tests/golden/sqrtm.npz")
+ALONE = Processes()
 
 
 def normal(*shape, seed=0):
@@ -33,7 +46,17 @@ def pictures(count, height=8, width=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-# The formulas ----------------------------------------------------------------------------------------------------
+def as_pictures(images, name="made here", **changes):
+    """Pictures of uint8 (N, 3, H, W)."""
+
+    def batches(batch_size, rank=0, world=1):
+        yield from images.split(batch_size)[rank::world]
+
+    return Pictures(name, len(images), tuple(images.shape[2:]), batches, **{"stored": {}, **changes})
+
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
 
 def test_golden_numbers_of_the_adm_formulas():
     reference, samples = torch.from_numpy(GOLDEN["ref"]), torch.from_numpy(GOLDEN["sample"])
@@ -92,9 +115,9 @@ def test_frechet_distance_to_a_single_repeated_picture():
 def test_no_covariance_no_distance():
     mu, cov = torch.zeros(3), torch.eye(3)
     for wrong in (-cov, torch.tensor([[1.0, 5, 0], [-5, 1, 0], [0, 0, 1]]), cov * float("nan"), torch.eye(4)):
-        with pytest.raises(EvalError):
+        with pytest.raises(UserError):
             frechet_distance(mu, cov, mu, wrong)
-    with pytest.raises(EvalError, match="NaN"):
+    with pytest.raises(UserError, match="NaN"):
         frechet_distance(mu, cov, mu * float("nan"), cov)
 
 
@@ -113,7 +136,7 @@ def test_inception_score_equals_a_naive_loop_with_zeros_and_a_short_last_split()
     assert inception_score(probs, 20) == pytest.approx(naive_score(probs.numpy(), 20), rel=1e-12)
     assert inception_score(torch.eye(6).repeat(4, 1)) == pytest.approx(6)  # sure of each, all classes: the maximum
     for wrong in (probs * 2, probs - 1, probs * float("nan"), probs[:1]):
-        with pytest.raises(EvalError):
+        with pytest.raises(UserError):
             inception_score(wrong)
 
 
@@ -148,11 +171,12 @@ def test_precision_and_recall_equal_a_naive_loop(case):
 def test_precision_and_recall_need_enough_points_and_numbers():
     x = normal(10, 4)
     for reference, samples in ((x[:3], x), (x, x[:3]), (x, x[:, :2]), (x, x * float("nan")), (x, x.flatten())):
-        with pytest.raises(EvalError):
+        with pytest.raises(UserError):
             precision_recall(reference, samples)
 
 
-# Streams ---------------------------------------------------------------------------------------------------------
+# ---- features of a stream --------------------------------------------------------------------------------------------
+
 
 def test_streaming_mean_and_covariance_equal_numpy():
     x = normal(103, 12) * 3 + 5
@@ -169,320 +193,337 @@ def test_one_picture_or_nan_has_no_covariance():
     for batch in (torch.ones(1, 3), torch.full((4, 3), float("nan"))):
         statistics = Statistics(3)
         statistics.update(batch)
-        with pytest.raises(EvalError):
+        with pytest.raises(UserError):
             statistics.mean_cov()
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_streams_its_own_pictures_and_ranks_share_them(tmp_path, save):
-    array = pictures(11, 6, 9)
-    save(tmp_path / "a.npz", arr_0=array)
-    opened = open_pictures(tmp_path / "a.npz")
-    assert (opened.count, opened.size) == (11, (6, 9))
-    whole = torch.from_numpy(array).permute(0, 3, 1, 2)
-    assert torch.equal(torch.cat(list(opened.batches(4))), whole)
-    first, second = list(opened.batches(4, 0, 2)), list(opened.batches(4, 1, 2))
-    assert torch.equal(torch.cat([first[0], second[0], first[1]]), whole)
+def random_pictures(count, seed=0):
+    """uint8 (N, 3, 8, 8)."""
+    return torch.from_numpy(pictures(count, seed=seed)).permute(0, 3, 1, 2)
 
 
-def test_a_folder_gives_each_picture_once_in_a_fixed_order_that_mixes_classes(tmp_path):
-    array = pictures(12)
-    for i, picture in enumerate(array):
-        (tmp_path / f"class{i // 6}").mkdir(exist_ok=True)
-        Image.fromarray(picture).save(tmp_path / f"class{i // 6}" / f"{i:02}.png")
-    batches = open_pictures(tmp_path).batches
-    read = torch.cat(list(batches(5))).permute(0, 2, 3, 1).numpy()
-    order = [next(i for i, picture in enumerate(array) if (picture == one).all()) for one in read]
-    assert sorted(order) == list(range(12)) and order != sorted(order)
-    assert torch.equal(torch.cat(list(batches(5))), torch.cat(list(batches(3))))
-    assert next(open_pictures(tmp_path, resolution=4).batches(5)).shape == (5, 3, 4, 4)
+class SmallNetwork:
+    """A feature network like FID's, of few dimensions: random projections of 8 x 8 pictures."""
 
+    title, widths, side, least, sha256 = "FID", (12, 7), None, 2, ""
 
-def test_emoji_are_a_reference_too():
-    emoji = open_pictures("emoji")
-    assert emoji.size == (64, 64) and next(emoji.batches(5)).dtype == torch.uint8
-
-
-class FakeInception:
-    """Has the shapes of the network, in no time: random projections of 8 x 8 pictures."""
-    weight, classes = normal(192, 2048).float(), normal(2048, 1008, seed=1).float()
+    def __init__(self):
+        self.weight, self.classes = normal(192, 12).float(), normal(12, 5, seed=1).float()
 
     def __call__(self, images):
-        pool = images.flatten(1).float() / 255 @ self.weight
-        return pool, pool[:, :2023], self.logits(pool)
+        pool = images.flatten(1).float() / 255 @ self.weight  # (B, 12)
+        return pool, pool[:, :7] ** 2, self.logits(pool)
 
     def logits(self, pool):
         return pool @ self.classes / 10
 
 
-def test_features_do_not_depend_on_the_batch_size():
-    batch = torch.from_numpy(pictures(10)).permute(0, 3, 1, 2)
-    pool_a, _, features_a = extract_features(FakeInception(), batch.split(10))
-    pool_b, spatial_b, features_b = extract_features(FakeInception(), batch.split(3), keep=7)
-    torch.testing.assert_close(features_a[:7], features_b)
-    torch.testing.assert_close(pool_a.mean_cov(), pool_b.mean_cov(), rtol=1e-4, atol=1e-4)
-    assert spatial_b.count == 10
+def test_the_features_of_a_stream_are_those_of_all_pictures_at_once():
+    """Whatever the batches. Catches: a last short batch that is lost, and features in another order."""
+    images, network = random_pictures(23), SmallNetwork()
+    pool, spatial, _ = network(images)
+    for batch_size in (1, 5, 64):
+        found = describe(as_pictures(images), network, "cpu", ALONE, batch_size)
+        torch.testing.assert_close(found["features"], pool)
+        for name, features in (("", pool.double()), ("_s", spatial.double())):
+            torch.testing.assert_close(found["mu" + name], features.mean(0), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found["sigma" + name], features.T.cov(), rtol=1e-4, atol=1e-5)
+    some = describe(as_pictures(images), network, "cpu", ALONE, batch_size=5, keep=7)
+    torch.testing.assert_close(some["features"], pool[:7])
+    torch.testing.assert_close(some["sigma"], found["sigma"], rtol=1e-4, atol=1e-5)
 
 
-def test_an_error_of_the_reader_thread_reaches_the_caller():
-    def batches():
-        yield torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-        raise EvalError("damaged")
+def test_statistics_in_a_file_take_the_place_of_those_of_its_pictures():
+    """ADM's reference: statistics of 1.28 million pictures beside 10,000 pictures, which still give the features."""
+    stored = {"mu": torch.ones(12), "sigma": torch.eye(12), "mu_s": torch.ones(7), "sigma_s": torch.eye(7)}
+    images, network = random_pictures(9), SmallNetwork()
+    found = describe(as_pictures(images, stored=stored), network, "cpu", ALONE)
+    assert all(torch.equal(found[name], value) for name, value in stored.items())
+    torch.testing.assert_close(found["features"], network(images)[0])
+    unread = Pictures("statistics", 9, (8, 8), None, stored)  # of --save-stats
+    assert describe(unread, network, "cpu", ALONE) == stored
 
-    with pytest.raises(EvalError, match="damaged"):
-        extract_features(FakeInception(), eval_fid.prefetch(batches()))
+
+# ---- from features to numbers ----------------------------------------------------------------------------------------
+
+
+def test_all_five_metrics_are_those_of_the_formulas():
+    """Catches: sides exchanged (precision is not recall), sFID from pool features, the score of the reference."""
+    network, sides = SmallNetwork(), (random_pictures(40), random_pictures(30, seed=1) // 2)
+    (pool_r, spatial_r, _), (pool_s, spatial_s, logits) = (network(images) for images in sides)
+    found = [describe(as_pictures(images), network, "cpu", ALONE, batch_size=16) for images in sides]
+    metrics, warnings = compare(*found, network, "cpu")
+    assert list(metrics) == ["FID", "sFID", "IS", "precision", "recall"] and not warnings
+    for name, x, y in (("FID", pool_r, pool_s), ("sFID", spatial_r, spatial_s)):
+        x, y = x.double(), y.double()
+        by_hand = frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+        assert metrics[name] == pytest.approx(by_hand, rel=1e-4)
+    assert metrics["IS"] == pytest.approx(inception_score(logits.softmax(1)), rel=1e-5)
+    assert (metrics["precision"], metrics["recall"]) == precision_recall(pool_r, pool_s)
 
 
 def test_samples_sorted_by_class_are_noticed_without_labels(monkeypatch):
     """Two classes, the first half all of one: over splits the score is 1, in random order 2."""
-    monkeypatch.setattr(eval_fid, "frechet_distance", lambda *statistics: 0.0)  # slow, and not the question here
-    monkeypatch.setattr(eval_fid, "precision_recall", lambda *features: (0.0, 0.0))
     monkeypatch.setattr(inception_score, "__defaults__", (50,))
-    model = FakeInception()
-    model.logits = lambda pool: pool
-    result = dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s")) | {"features": torch.zeros(1, 1)}
-    in_order = torch.eye(2).repeat_interleave(100, dim=0) * 50
-    in_turn = torch.eye(2).repeat(100, 1) * 50
-    metrics, warnings = evaluate(result, result | {"features": in_order}, model)
-    assert metrics["IS"] == pytest.approx(1) and "sorted by class" in warnings[0]
-    metrics, warnings = evaluate(result, result | {"features": in_turn}, model)
-    assert metrics["IS"] == pytest.approx(2) and not warnings
+    network = SmallNetwork()
+    network.logits = lambda pool: pool[:, :2]
+    real = describe(as_pictures(random_pictures(9)), network, "cpu", ALONE)
+    classes = torch.zeros(200, 12)
+    classes[:100, 0] = classes[100:, 1] = 50
+    for features, score, told in ((classes, 1, 1), (classes.view(2, 100, 12).transpose(0, 1).flatten(0, 1), 2, 0)):
+        metrics, warnings = compare(real, real | {"features": features}, network, "cpu")
+        assert metrics["IS"] == pytest.approx(score) and len(warnings) == told
+        assert all("sorted by class" in warning for warning in warnings)
 
 
-# The command line ------------------------------------------------------------------------------------------------
+def test_another_distance_comes_with_its_floor_and_without_published_names():
+    """What two halves of the real pictures are apart: below it, a distance says nothing."""
+    network, reference = load_emoji_classifier(), pictures_of(open_dataset("emoji", 32), "emoji")
+    real = describe(reference, network, "cpu", ALONE)
+    metrics, warnings = compare(real, real, network, "cpu")
+    assert list(metrics) == ["emoji distance", "floor"] and not warnings
+    assert metrics["emoji distance"] < 1e-9 and 0.1 < metrics["floor"] < 2
+
+
+def test_judge_gives_a_run_its_scores_and_reads_the_reference_once():
+    """train.py --eval-every: by the network's own name, as in metrics.jsonl."""
+    reads = []
+
+    def batches(batch_size, rank=0, world=1):
+        reads.append(rank)
+        yield from random_pictures(20).split(batch_size)
+
+    network, samples = SmallNetwork(), random_pictures(30, seed=1)
+    reference = Pictures("the reference", 20, (8, 8), batches, {})
+    first, again = (judge(reference, as_pictures(samples), network, "cpu", ALONE) for _ in range(2))
+    assert first == again and list(first) == ["fid", "inception_score"] and reads == [0]
+    x, y = network(random_pictures(20))[0].double(), network(samples)[0].double()
+    by_hand = frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert first["fid"] == pytest.approx(by_hand, rel=1e-4)
+    emoji = open_dataset("emoji", 32)
+    scores = judge(pictures_of(emoji, "emoji"), as_pictures(emoji.images[:200]), open_network("emoji"), "cpu", ALONE)
+    assert list(scores) == ["emoji_distance"] and scores["emoji_distance"] > 10  # smileys alone are far from all nine
+
+
+# ---- feature networks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [InceptionV3, load_emoji_classifier])
+def test_a_feature_network_is_what_its_protocol_says(network):
+    network = network()
+    images = torch.from_numpy(pictures(3, 32, 32)).permute(0, 3, 1, 2)
+    pool, spatial, logits = network(images)
+    assert pool.shape == (3, network.widths[0]) and pool.dtype == torch.float32
+    assert (spatial is None) == (network.widths[1] is None)
+    assert spatial is None or spatial.shape == (3, network.widths[1])
+    torch.testing.assert_close(network.logits(pool), logits)
+    assert not logits.requires_grad and not network.training
+
+
+def test_pictures_that_a_distance_is_not_for_are_refused_before_weights_are_loaded():
+    small, large = torch.zeros(128, 3, 32, 32, dtype=torch.uint8), torch.zeros(128, 3, 64, 64, dtype=torch.uint8)
+    check_pictures(as_pictures(small), EmojiClassifier)
+    check_pictures(as_pictures(large[:4]), InceptionV3)
+    for images, network, message in (
+        (small[:127], EmojiClassifier, "made here: the emoji distance takes at least 128 pictures, not 127"),
+        (large, EmojiClassifier, "made here: the emoji distance is for 32x32 pixels, not 64x64"),
+        (small[:3], InceptionV3, "the FID takes at least 4 pictures, not 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_pictures(as_pictures(images), network)
+        with pytest.raises(UserError, match=message):
+            describe(as_pictures(images), network, "cpu", ALONE)
+    foreign = as_pictures(small, stored={"mu": torch.zeros(2048)})
+    with pytest.raises(UserError, match="statistics of another network"):
+        check_pictures(foreign, EmojiClassifier)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emoji_files(tmp_path_factory):
+    """Two halves of the emoji: ref.npz, and samples.npz a little darker, with sorted labels."""
+    folder = tmp_path_factory.mktemp("emoji")
+    images = open_dataset("emoji", 32).images.permute(0, 2, 3, 1).numpy()
+    np.savez(folder / "ref.npz", arr_0=images[::2])
+    np.savez(folder / "samples.npz", arr_0=images[1::2] // 8 * 7, arr_1=np.arange(953))
+    return folder
+
+
+def test_the_emoji_distance_is_printed_as_such_and_never_beside_numbers_of_the_paper(emoji_files):
+    """Catches: an emoji distance that is taken for FID."""
+    flags = ("--features", "emoji", "--device", "cpu", "--json", emoji_files / "new/result.json")
+    status, stdout, stderr = run_script("eval_fid.py", "emoji", emoji_files / "samples.npz", *flags)
+    assert status == 0, stderr
+    result = json.loads((emoji_files / "new/result.json").read_text())
+    assert list(result["metrics"]) == ["emoji distance", "floor"]
+    for name, value in result["metrics"].items():
+        assert re.search(rf"^{name} +{value:.4f}$", stdout, re.MULTILINE)
+    assert "not FID" in stdout and "paper" not in stdout and "2.15" not in stdout
+    assert "is not FID: compare it only with others of 953 samples" in stderr
+    samples = pictures_of(open_dataset("emoji", 32), "emoji")  # REFERENCE was the word emoji, at 32 pixels
+    assert result["settings"]["reference_size"] == [32, 32] and result["settings"]["reference_count"] == samples.count
+    assert result["settings"]["samples_count"] == 953 and result["settings"]["features"] == "emoji"
+
+
+def test_the_numbers_of_the_paper_stand_beside_those_that_it_has(capsys):
+    print_table({"FID": 3.25, "sFID": 4.5, "IS": 250.0, "precision": 0.75, "recall": 0.5})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["FID", "3.2500", *(str(numbers[0]) for numbers in PUBLISHED.values())]
+    assert lines[-1].split() == ["recall", "0.5000", "-", "-", "-", "-"] and "2.15" in lines[2]
+
+
+def test_the_result_stands_beside_the_samples_and_flags_change_it(tmp_path, emoji_files):
+    """--batch-size and --workers change no number; --resolution crops a folder."""
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    torch.manual_seed(0)
+    for i, image in enumerate(open_dataset("emoji", 64).images[:130]):
+        from_array(image).save(folder / f"{i}.png")
+    assert "not 64x64" in complaint("eval_fid.py", "emoji", folder, "--features", "emoji", "--resolution", 64)
+    distances = []
+    for flags in ([], ["--batch-size", 7], ["--workers", 1], ["--resolution", 32]):
+        status, _, stderr = run_script("eval_fid.py", "emoji", folder, "--features", "emoji", "--device", "cpu", *flags)
+        assert status == 0, stderr
+        result = json.loads((tmp_path / "drawn.eval.json").read_text())
+        assert result["settings"]["samples_size"] == [32, 32]
+        distances.append(result["metrics"]["emoji distance"])
+    assert distances == pytest.approx([distances[0]] * 4, rel=1e-6)
+
+
+def from_array(image):
+    """uint8 (3, H, W) -> a PIL picture."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def test_two_processes_give_the_numbers_of_one(emoji_files):
+    """What torchrun does: the same command in two processes, which find each other by these variables.
+
+    The floor, from halves of the reference, also shows that its features are in the order of the pictures again.
+    """
+    flags = ["ref.npz", "samples.npz", "--features", "emoji", "--device", "cpu", "--batch-size", "100"]
+    paths = [emoji_files / name if name.endswith("npz") else name for name in flags]
+    status, _, stderr = run_script("eval_fid.py", *paths, "--json", emoji_files / "one.json")
+    assert status == 0, stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(ROOT / "eval_fid.py"), *flags, "--json", "two.json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    ranks = [
+        subprocess.Popen(script, cwd=emoji_files, env=os.environ | shared | {"RANK": r, "LOCAL_RANK": r}, **pipes)
+        for r in "01"
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()  # nothing to do unless something failed; no process outlives the test
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert "emoji distance" in outputs[0][0] and outputs[1][0] == ""  # rank 0 alone reports
+    one, two = (json.loads((emoji_files / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["settings"]["processes"] == 2
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(inception.InceptionV3().state_dict(), path)
+    torch.save(InceptionV3().state_dict(), path)
     return path
 
 
-def run_script(monkeypatch, *arguments):
-    """`python eval_fid.py arguments`, without the seconds that importing torch takes."""
-    monkeypatch.setattr(sys, "argv", ["eval_fid.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "eval_fid.py"), run_name="__main__")
-
-
-# The script, but for the decomposition of 2048 x 2048 matrices, most of its time here: the slow test below has it.
-WITHOUT_ROOT = """import eval_fid
-eval_fid.frechet_distance = lambda mu1, cov1, mu2, cov2: cov1.trace().item() + 2 * cov2.trace().item()
-eval_fid.main()"""
-
-
-@pytest.fixture(scope="module")
-def finished(weights, tmp_path_factory):
-    """One evaluation: 5 real against 6 generated pictures (the fewest are 4) of different sizes, sorted labels."""
-    folder = tmp_path_factory.mktemp("finished")
-    np.savez(folder / "ref.npz", arr_0=pictures(5, 32, 40))
-    np.savez(folder / "samples.npz", arr_0=pictures(6, 16, 16, seed=1), arr_1=np.arange(6) // 3)
-    command = [sys.executable, "-c", WITHOUT_ROOT, "ref.npz", "samples.npz", "--inception", str(weights), "--device",
-               "cpu", "--save-stats", "stats.npz", "--json", "out/result.json", "--batch-size", "3"]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return folder, done, json.loads((folder / "out/result.json").read_text())
-
-
-def test_script_prints_the_table_and_writes_the_settings(finished):
-    folder, done, result = finished
-    for name in ("FID", "sFID", "IS", "precision", "recall"):
-        assert re.search(rf"^{name} +{result['metrics'][name]:.4f}\b", done.stdout, re.MULTILINE)
-    assert "2.15" in done.stdout and "files to features" in done.stdout
-    assert result["settings"]["samples_count"] == 6 and result["settings"]["reference_size"] == [32, 40]
-    for warning in ("32", "6 samples", "sorted by class", "not the published file"):
-        assert warning in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def by_hand(folder, weights):
-    """Pool, spatial and logits of the reference and of the samples: the network on each whole set at once."""
-    model = inception.load_inception(weights)
-    arrays = [np.load(folder / name)["arr_0"] for name in ("ref.npz", "samples.npz")]
-    return [model(torch.from_numpy(array).permute(0, 3, 1, 2)) for array in arrays]
-
-
-def test_script_computes_what_the_functions_compute(finished, weights):
-    folder, _, result = finished
-    reference, samples = by_hand(folder, weights)
-    metrics = result["metrics"]
-    assert metrics["IS"] == pytest.approx(inception_score(samples[2].softmax(1)), rel=1e-6)
-    recomputed = precision_recall(reference[0], samples[0])
-    assert (metrics["precision"], metrics["recall"]) == pytest.approx(recomputed)
-    for x, y, name in zip(reference, samples, ("FID", "sFID")):  # as in WITHOUT_ROOT: each side's in its place
-        traces = x.double().var(0).sum() + 2 * y.double().var(0).sum()
-        assert metrics[name] == pytest.approx(traces.item(), rel=1e-4)
-
-
 @pytest.mark.slow
-def test_the_whole_script_gives_fid_and_times_the_network(finished, weights):
-    """Few pictures: tr((C1 C2)^(1/2)) from the small matrix, as in the test of the root above."""
-    folder, _, _ = finished
-    command = [sys.executable, str(ROOT / "eval_fid.py"), "ref.npz", "samples.npz", "--inception", str(weights),
-               "--device", "cpu", "--json", "whole.json", "--batch-size", "3", "--speed"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0 and "network alone" in done.stdout, done.stderr
-    metrics = json.loads((folder / "whole.json").read_text())["metrics"]
-    for x, y, name in zip(*by_hand(folder, weights), ("FID", "sFID")):
+def test_the_whole_script_gives_the_five_numbers_and_saved_statistics_give_them_again(weights, tmp_path):
+    """5 real against 6 generated pictures of different sizes. FID by hand: of few pictures, tr((C1 C2)^(1/2)) is the
+    sum of the singular values of a small matrix, as in the test of the root above.
+    """
+    arrays = {"ref": pictures(5, 32, 40), "samples": pictures(6, 16, 16, seed=1)}
+    np.savez(tmp_path / "ref.npz", arr_0=arrays["ref"])
+    np.savez(tmp_path / "samples.npz", arr_0=arrays["samples"], arr_1=np.arange(6) // 3)
+    flags = ("--inception", weights, "--device", "cpu", "--batch-size", 3)
+    out = tmp_path / "first.json"
+    status, stdout, stderr = run_script(
+        *("eval_fid.py", tmp_path / "ref.npz", tmp_path / "samples.npz", *flags),
+        *("--json", out, "--save-stats", tmp_path / "stats.npz"),
+    )
+    assert status == 0, stderr
+    result = json.loads(out.read_text())
+    for name in ("FID", "sFID", "IS", "precision", "recall"):
+        assert re.search(rf"^{name} +{result['metrics'][name]:.4f}\b", stdout, re.MULTILINE)
+    for warning in ("32", "6 samples", "sorted by class", "not the published file"):
+        assert warning in stderr
+
+    network = load_inception(weights)
+    reference, samples = (network(torch.from_numpy(array).permute(0, 3, 1, 2)) for array in arrays.values())
+    for x, y, name in zip(reference, samples, ("FID", "sFID")):
         x, y = x.double(), y.double()
         a, b = (x - x.mean(0)) / (len(x) - 1) ** 0.5, (y - y.mean(0)) / (len(y) - 1) ** 0.5
         spread = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
-        assert metrics[name] == pytest.approx(((x.mean(0) - y.mean(0)).square().sum() + spread).item(), rel=1e-4)
+        by_hand = ((x.mean(0) - y.mean(0)).square().sum() + spread).item()
+        assert result["metrics"][name] == pytest.approx(by_hand, rel=1e-4)
+    assert result["metrics"]["IS"] == pytest.approx(inception_score(samples[2].softmax(1)), rel=1e-6)
 
-
-def test_saved_statistics_replace_the_reference(finished):
-    folder, _, _ = finished
-    saved = open_pictures(folder / "stats.npz")
-    assert (saved.count, saved.size, saved.batches) == (5, (32, 40), None)
+    saved = open_pictures(tmp_path / "stats.npz")
     assert saved.stored["features"].shape == (5, 2048)
-    x = saved.stored["features"].double()
-    torch.testing.assert_close(saved.stored["sigma"], x.T.cov(), rtol=1e-8, atol=1e-12)
+    again = ("eval_fid.py", tmp_path / "stats.npz", tmp_path / "samples.npz", *flags, "--json", out)
+    status, _, stderr = run_script(*again)
+    assert status == 0, stderr
+    repeated = json.loads(out.read_text())
+    assert repeated["metrics"] == pytest.approx(result["metrics"], rel=1e-6)
+    assert repeated["settings"]["reference_statistics"] == "stored"
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(finished, weights):
-    """What torchrun does: the same command in two processes, which find each other by these variables."""
-    folder, _, single = finished
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", WITHOUT_ROOT, "ref.npz", "samples.npz", "--inception", str(weights), "--device",
-               "cpu", "--json", "two.json", "--save-stats", "two.npz", "--batch-size", "2"]
-    shared = {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [subprocess.Popen(command, cwd=folder, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-                              start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-             for rank in "01"]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()  # nothing to do unless something failed; no process outlives the test
-            rank.wait()
-    double = json.loads((folder / "two.json").read_text())
-    assert double["settings"]["processes"] == 2
-    for name in ("IS", "precision", "recall"):
-        assert double["metrics"][name] == pytest.approx(single["metrics"][name], rel=1e-5)
-    with np.load(folder / "stats.npz") as one, np.load(folder / "two.npz") as two:
-        for name in one.files:  # features are in the order of the pictures again: five of them, in batches of two
-            np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-5 * np.abs(one[name]).max())
+# ---- mistakes: one line, exit status 1, no number --------------------------------------------------------------------
 
 
-# Bad input: one line, exit status 1, no number -------------------------------------------------------------------
-
-GOOD = {"arr_0": pictures(5)}
-STORED = {name: np.zeros(shape) for name, shape in eval_fid.STATISTICS.items()}
-BAD_ARRAYS = {
-    "no arr_0": ({"images": pictures(5)}, "has no arr_0"),
-    "float pictures": ({"arr_0": np.zeros((5, 8, 8, 3), np.float32)}, "float32; it must be uint8"),
-    "NaN": ({"arr_0": np.full((5, 8, 8, 3), np.nan)}, "float64; it must be uint8"),
-    "channels first": ({"arr_0": pictures(5).transpose(0, 3, 1, 2).copy()}, "looks like N, 3, H, W"),
-    "gray": ({"arr_0": pictures(5)[..., 0].copy()}, "it must be N, H, W, 3"),
-    "transparency": ({"arr_0": np.zeros((5, 8, 8, 4), np.uint8)}, "it must be N, H, W, 3"),
-    "Fortran order": ({"arr_0": np.asfortranarray(pictures(5))}, "Fortran"),
-    "pickled": ({"arr_0": np.array([{}, 1], dtype=object)}, "pickled"),
-    "nothing": ({"arr_0": pictures(0)}, "at least two pictures, found 0"),
-    "one picture": ({"arr_0": pictures(1)}, "at least two pictures, found 1"),
-    "three pictures": ({"arr_0": pictures(3)}, "more than 3 pictures"),
-    "huge pictures": ({"arr_0": np.zeros((5, 2049, 1, 3), np.uint8)}, "the limits are"),
-    "some statistics": (GOOD | {"mu": np.zeros(2048)}, "holds mu, but not all of"),
-    "other dimensions": (GOOD | STORED | {"mu": np.zeros(192)}, r"mu is float64 \(192,\)"),
-    "other matrix": (GOOD | STORED | {"sigma": np.zeros((192, 192))}, "sigma is float64"),
-    "whole numbers": (GOOD | STORED | {"mu": np.zeros(2048, int)}, "mu is int64"),
-    "NaN statistics": (GOOD | STORED | {"mu_s": np.full(2023, np.nan)}, "mu_s holds NaN"),
-}
-
-
-def refused(monkeypatch, capsys, message, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        run_script(monkeypatch, *arguments)
-    error = stop.value.code  # sys.exit(text) prints the text and gives status 1
-    assert isinstance(error, str) and error.startswith("eval_fid.py: ") and "\n" not in error
-    assert re.search(message, error), error
-    assert "FID" not in capsys.readouterr().out
+def test_mistakes_are_one_line_that_names_file_or_flag(tmp_path, weights, emoji_files):
+    good, few, real = tmp_path / "good.npz", tmp_path / "few.npz", emoji_files / "ref.npz"
+    np.savez(good, arr_0=pictures(5))
+    np.savez(few, arr_0=pictures(3))
+    stored = {name: np.zeros(shape) for name, shape in STATISTICS.items()}
+    np.savez(tmp_path / "stats.npz", **stored, features=np.zeros((4, 2048)), size=np.array([4, 8, 8]))
+    (tmp_path / "folder").mkdir()
+    emoji, network = ("--features", "emoji"), ("--inception", weights)
+    for arguments, message in (
+        ((good, tmp_path / "missing.npz"), "No such file or directory: .*missing.npz"),
+        ((few, good), "few.npz: the FID takes at least 4 pictures, not 3"),
+        ((good, few), "few.npz: the FID takes at least 4 pictures, not 3"),
+        ((good, tmp_path / "stats.npz"), "stats.npz: holds saved statistics; the samples must be pictures"),
+        ((good, tmp_path / "folder"), "folder holds no JPEG"),
+        (("emoji", good, *emoji), "good.npz: the emoji distance takes at least 128 pictures, not 5"),
+        (("emoji", real, *emoji, "--resolution", 64), "emoji: the emoji distance is for 32x32 pixels, not 64x64"),
+        (("emoji", real, *emoji, *network), "--inception and --save-stats are of FID"),
+        (("emoji", real, *emoji, "--save-stats", "x.npz"), "--inception and --save-stats are of FID"),
+        ((good, good, "--inception", tmp_path / "missing.pth"), "missing.pth"),
+        ((good, good, "--inception", good), "good.npz"),
+        ((good, good, *network, "--json", good / "x.json"), "--json .*good.npz.* cannot be written"),
+        ((good, good, *network, "--json", tmp_path / "folder"), "--json .*folder is a folder"),
+        ((good, good, *network, "--save-stats", tmp_path / "folder"), "--save-stats .*folder is a folder"),
+        ((good, good, *network, "--device", "nonsense"), "--device nonsense"),
+        ((good, good, "--batch-size", 0), "--batch-size"),
+        ((good, good, "--workers", 0), "--workers"),
+        ((good, good, "--resolution", 0), "--resolution"),
+    ):
+        line = complaint("eval_fid.py", *arguments)
+        assert line.startswith("eval_fid.py: ") and re.search(message, line), line
 
 
-@pytest.mark.parametrize("side", ["reference", "samples"])
-@pytest.mark.parametrize("case", BAD_ARRAYS)
-def test_bad_arrays_are_refused(case, side, tmp_path, monkeypatch, capsys):
-    arrays, message = BAD_ARRAYS[case]
-    bad, good = tmp_path / "bad.npz", tmp_path / "good.npz"
-    np.savez_compressed(bad, **arrays)
-    np.savez(good, **GOOD)
-    refused(monkeypatch, capsys, message, *((bad, good) if side == "reference" else (good, bad)))
-
-
-def npy(header_shape, data=b""):
-    """An npy file that promises `header_shape` uint8 and holds `data`."""
-    text = repr({"descr": "|u1", "fortran_order": False, "shape": header_shape}).ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + data
-
-
-def damaged_npz(path, case):
-    array = pictures(5)
-    if case == "lying header":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("arr_0.npy", npy((10**6, 512, 512, 3), b"few"))
-    elif case == "broken header":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("arr_0.npy", npy((5, 8, 8, 3), array.tobytes()).replace(b"}", b"("))
-    elif case == "other compression":  # bzip2 packs zeros a million times smaller
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
-            archive.writestr("arr_0.npy", npy((5, 8, 8, 3), array.tobytes()))
-    elif case == "zip bomb":  # header and directory agree on 786 GB; a real one would come from a real compressor
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("arr_0.npy", npy((10**6, 512, 512, 3)))
-            archive.filelist[0].file_size += 10**6 * 512 * 512 * 3
-    else:
-        np.savez(path, arr_0=array)
-        data = path.read_bytes()
-        if case == "bit flip":
-            place = data.index(array.tobytes()) + 100
-            data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1:]
-        path.write_bytes({"truncated": data[:len(data) // 2], "text": b"not a zip", "empty": b""}.get(case, data))
-
-
-@pytest.mark.parametrize("case, message", [
-    ("truncated", "not an npz file, truncated or damaged"), ("text", "not an npz file"), ("empty", "not an npz file"),
-    ("lying header", "promises .*but holds"), ("broken header", "not an npz file"), ("zip bomb", "would unpack"),
-    ("other compression", "numpy does not use"), ("bit flip", "Bad CRC-32"),
-])
-def test_damaged_and_hostile_files_are_refused(case, message, tmp_path, weights, monkeypatch, capsys):
-    damaged_npz(tmp_path / "bad.npz", case)
-    np.savez(tmp_path / "good.npz", **GOOD)
-    refused(monkeypatch, capsys, message, tmp_path / "good.npz", tmp_path / "bad.npz", "--inception", weights)
-
-
-def test_bad_folders_and_paths_are_refused(tmp_path, weights, monkeypatch, capsys):
-    good, mixed, empty, broken = (tmp_path / name for name in ("good.npz", "mixed", "empty", "broken"))
-    np.savez(good, **GOOD)
-    for folder in (mixed, empty, broken):
-        folder.mkdir()
-    for i in range(5):
-        Image.fromarray(pictures(1, 8 + i // 4)[0]).save(mixed / f"{i}.png")
-        (broken / f"{i}.png").write_bytes(b"")
-    options = ("--inception", weights)
-    refused(monkeypatch, capsys, "png: .*--resolution crops", good, mixed, *options)
-    refused(monkeypatch, capsys, "empty", good, empty, *options)
-    refused(monkeypatch, capsys, "png", good, broken, *options)
-    refused(monkeypatch, capsys, "No such file", good, tmp_path / "missing.npz", *options)
-    refused(monkeypatch, capsys, "No such file", good, good, "--inception", tmp_path / "missing.pth")
-    refused(monkeypatch, capsys, "not a readable weights file", good, good, "--inception", good.with_name("good.npz"))
-    refused(monkeypatch, capsys, "good.npz", good, good, "--json", good / "result.json", *options)
-    refused(monkeypatch, capsys, "cannot be written", good, good, "--json", mixed, *options)
-    refused(monkeypatch, capsys, "--device nonsense", good, good, "--device", "nonsense", *options)
-
-
-def test_saved_statistics_are_no_samples(finished, monkeypatch, capsys):
-    stats = finished[0] / "stats.npz"
-    refused(monkeypatch, capsys, "must be pictures", stats, stats)
+def test_features_that_are_not_finite_get_no_number():
+    network = SmallNetwork()
+    network.weight = network.weight * float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        describe(as_pictures(random_pictures(9)), network, "cpu", ALONE)
 
 
 def test_a_shell_sees_one_line_and_the_right_status(tmp_path):
     def run(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "eval_fid.py"), *arguments], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=100)
+        script = [sys.executable, str(ROOT / "eval_fid.py"), *arguments]
+        return subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
     bad = run("missing.npz", "missing.npz")
     assert bad.returncode == 1 and bad.stdout == "" and re.fullmatch(r"eval_fid\.py: .*missing\.npz.*\n", bad.stderr)
     assert run("only_one.npz").returncode == 2

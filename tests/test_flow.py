@@ -94,8 +94,13 @@ def test_training_times_are_logit_normal():
 
 def test_flow_matching_loss_is_the_mean_squared_error_to_the_velocity():
     v, x, noise = (torch.randn(2, 3, 4, 4) for _ in range(3))
-    total = sum((v[b, c, i, j] - (x - noise)[b, c, i, j]) ** 2
-                for b in range(2) for c in range(3) for i in range(4) for j in range(4))  # fmt: skip
+    total = sum(
+        (v[b, c, i, j] - (x - noise)[b, c, i, j]) ** 2
+        for b in range(2)
+        for c in range(3)
+        for i in range(4)
+        for j in range(4)
+    )
     torch.testing.assert_close(flow.flow_matching_loss(v, x, noise), total / v.numel())
     torch.testing.assert_close(flow.flow_matching_loss(v, x, noise, per_image=True).mean(), total / v.numel())
     assert flow.flow_matching_loss(flow.velocity(x, noise), x, noise) == 0

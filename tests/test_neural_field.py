@@ -1,5 +1,6 @@
 """The neural field: Eq. 7 to 12, each against a loop that a reader can check with a finger."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from neural_field import FIELD_NORMS, FieldBlock, NeuralField, RMSNorm, dct_enco
 def random_field(**choices):
     """A field with every parameter random (the output layer starts at zero, which would hide all mistakes)."""
     torch.manual_seed(0)
-    field = NeuralField(hidden_size=12, patch_size=3, field_width=4, field_ratio=2, field_depth=2, **choices)
+    field = NeuralField(hidden_size=12, patch_size=3, width=4, ratio=2, depth=2, **choices)
     for p in field.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return field
@@ -57,14 +58,14 @@ def test_eq_12_another_density_samples_the_same_function(encode):
 
 
 @pytest.mark.parametrize("encoding", ["dct", "sincos"])
-@pytest.mark.parametrize("field_norm", FIELD_NORMS)
-def test_eq_8_to_11_field_equals_a_loop_over_patches_and_pixels(field_norm, encoding):
+@pytest.mark.parametrize("norm", FIELD_NORMS)
+def test_eq_8_to_11_field_equals_a_loop_over_patches_and_pixels(norm, encoding):
     """The whole decoder by hand: one patch, one pixel, one weight row at a time.
 
     Catches transposed weights, a norm over the wrong dimension, W1 and W2 cut from the generated vector in the wrong
     order, and misplaced pixels.
     """
-    field = random_field(field_norm=field_norm, encoding=encoding)
+    field = random_field(norm=norm, encoding=encoding)
     N, P2, Dp, inner = 2, 9, 4, 8
     rgb, s = torch.randn(N, P2, 3), torch.randn(N, 12)
     places = {"dct": dct_encoding, "sincos": sincos_encoding}[encoding](3, 3)
@@ -84,48 +85,64 @@ def test_eq_8_to_11_field_equals_a_loop_over_patches_and_pixels(field_norm, enco
                 w1, w2 = generated[: Dp * inner].view(Dp, inner), generated[Dp * inner :].view(inner, Dp)
                 normed, hidden, out = rms(z, block.norm.weight), torch.empty(inner), torch.empty(Dp)
                 for unit_index in range(inner):  # Eq. 10: each output unit's weights have norm 1
-                    row = w1[:, unit_index] if field_norm == "none" else unit(w1[:, unit_index])
+                    row = w1[:, unit_index] if norm == "none" else unit(w1[:, unit_index])
                     hidden[unit_index] = torch.nn.functional.silu(normed @ row)
                 for unit_index in range(Dp):
-                    row = unit(w2[:, unit_index]) if field_norm in ("both", "output") else w2[:, unit_index]
+                    row = unit(w2[:, unit_index]) if norm in ("both", "output") else w2[:, unit_index]
                     out[unit_index] = hidden @ row
                 z = z + out
-            z = rms(z, field.norm.weight) if field_norm == "output" else z
+            z = rms(z, field.norm.weight) if norm == "output" else z
             expected[n, pixel] = field.output(z)  # Eq. 11
-    torch.testing.assert_close(field(rgb, s), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(field(rgb, s, 3, 3), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_eq_9_each_token_writes_two_matrices_per_block():
     """From s (N, D) by one linear layer: W1 (N, Dp, r*Dp) from its first half, W2 (N, r*Dp, Dp) from its second."""
-    field, s = NeuralField(12, 4, field_width=5, field_ratio=3, field_depth=1, field_norm="none"), torch.randn(7, 12)
-    block = field.blocks[0]
+    block, s = FieldBlock(hidden_size=12, width=5, ratio=3, norm="none"), torch.randn(7, 12)
     mlps = s @ block.to_weights.weight.T + block.to_weights.bias  # (7, 2*5*15)
-    w1, w2 = block.weights(block.to_weights(s))
+    w1, w2 = block.weights(s)
     torch.testing.assert_close(w1, mlps[:, :75].view(7, 5, 15))
     torch.testing.assert_close(w2, mlps[:, 75:].view(7, 15, 5))
 
 
-def test_eq_10_every_generated_weight_row_has_unit_norm():
-    """Also when the hidden state is huge or tiny: the token chooses directions only."""
-    for field_norm, expect in (("first", (True, False)), ("both", (True, True)), ("output", (True, True))):
-        torch.manual_seed(0)
-        block = FieldBlock(12, 4, 2, field_norm)
-        for magnitude in (1e-2, 1.0, 1e3):
-            for w, normed in zip(block.weights(magnitude * torch.randn(5, 2 * 4 * 8)), expect):
-                norms = w.norm(dim=1)  # over the inputs of each output unit
-                assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5) == normed, (field_norm, magnitude)
+@pytest.mark.parametrize(
+    "norm, unit", [("none", (False, False)), ("first", (True, False)), ("both", (True, True)), ("output", (True, True))]
+)
+def test_eq_10_the_weights_into_each_unit_have_norm_one_where_the_choice_says_so(norm, unit):
+    """Also when the token is huge or tiny: it chooses directions only."""
+    torch.manual_seed(0)
+    block = FieldBlock(12, 4, 2, norm)
+    for magnitude in (1e-2, 1.0, 1e3):
+        for w, normed in zip(block.weights(magnitude * torch.randn(5, 12)), unit):
+            norms = w.norm(dim=1)  # over the inputs of each output unit
+            assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5) == normed, magnitude
 
 
-def test_eq_10_unnormalised_weights_are_the_linear_layers_own():
-    block = FieldBlock(12, 4, 2, "none")
-    written = block.to_weights(torch.randn(5, 12))
-    torch.testing.assert_close(torch.cat([w.flatten(1) for w in block.weights(written)], 1), written)
+def test_only_the_papers_choice_normalises_the_last_features():
+    """Section 4.2: "output" is "both" and a norm before the last layer. Catches a choice that changes nothing."""
+    rgb, s = torch.randn(2, 9, 3), torch.randn(2, 12)
+    outputs = {}
+    for norm in FIELD_NORMS:
+        field = random_field(norm=norm)
+        outputs[norm] = field(rgb, s, 3, 3)
+        assert isinstance(field.norm, RMSNorm) == (norm == "output")
+    for one, other in itertools.combinations(FIELD_NORMS, 2):
+        assert (outputs[one] - outputs[other]).abs().max() > 1e-3, (one, other)
+
+
+def test_section_4_5_a_denser_patch_holds_the_same_function():
+    """Every second pixel of a patch drawn with 5 x 9 is a pixel of 3 x 5: the field knows places, not sizes."""
+    field, s = random_field(), torch.randn(2, 12)
+    dense = torch.randn(2, 5, 9, 3)
+    v = field(dense.flatten(1, 2), s, 5, 9).view(2, 5, 9, 3)
+    coarse = field(dense[:, ::2, ::2].reshape(2, 15, 3), s, 3, 5)
+    torch.testing.assert_close(v[:, ::2, ::2].reshape(2, 15, 3), coarse, atol=1e-4, rtol=1e-4)
 
 
 def test_eq_11_untrained_field_predicts_zero():
     """The mean of the target: the first loss of any run is the variance of the data plus that of the noise."""
     field = NeuralField(12, 3, 4)
-    assert field(torch.randn(2, 9, 3), torch.randn(2, 12)).count_nonzero() == 0
+    assert field(torch.randn(2, 9, 3), torch.randn(2, 12), 3, 3).count_nonzero() == 0
 
 
 def test_rms_norm_works_in_float32_and_gives_back_the_input_type():

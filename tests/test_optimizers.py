@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import PRESETS, PixNerd
-from optimizers import Muon, make_optimizers, orthogonalise
+from runtime.optimizers import Muon, make_optimizers, orthogonalise
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (24, 16), (200, 16)]
 

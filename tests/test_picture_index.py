@@ -1,7 +1,4 @@
-"""Tars read in place, an index that is kept between starts: the same pictures in the same order, or one clear line.
-
-    python -m pytest tests/test_picture_index.py
-"""
+"""Tars read in place, an index that is kept between starts: the same pictures in the same order, or one clear line."""
 
 import bz2
 import gzip
@@ -14,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import picture_index
-from data import BatchNumbers, DataError, TrainingSamples, open_dataset, training_batches
+from data import TrainingSamples, open_dataset
+from runtime.files import UserError, picture_index
+from runtime.loader import BatchNumbers, training_batches
+from runtime.some_classes import SomeClasses
 
 LONG = "a_name_of_more_than_one_hundred_letters_" * 4 + ".png"  # needs a GNU long name, or a pax header
 NAMES = ["cat/0.png", "cat/1.JPG", f"cat/{LONG}", "cat d/2.jpeg", "dog/deep/3.png", "dog/ä\udce4.png", "dog/9.webp"]
@@ -57,8 +56,9 @@ def write_tar_of_tars(path, pictures=PICTURES):
     """Like ILSVRC2012_img_train.tar: each class is a tar of its pictures, without a folder inside."""
     inner = {}
     for top in dict.fromkeys(name.split("/")[0] for name in pictures):
-        write_tar(path, {name[len(top) + 1 :]: content for name, content in pictures.items()
-                         if name.startswith(f"{top}/")})  # fmt: skip
+        write_tar(
+            path, {name[len(top) + 1 :]: content for name, content in pictures.items() if name.startswith(f"{top}/")}
+        )
         inner[f"{top}.tar"] = path.read_bytes()
     return write_tar(path, inner)
 
@@ -95,13 +95,17 @@ def test_a_tar_gives_what_its_folder_gives(tmp_path, kind, augment):
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
 
 
-@pytest.mark.parametrize("only", [None, ["dog:2", "cat d"]])
-def test_workers_read_the_same_tar_at_once(tmp_path, only):
+@pytest.mark.parametrize("names", [None, ["dog:2", "cat d"]])
+def test_workers_read_the_same_tar_at_once(tmp_path, names):
     """Catches a file position shared by forked processes, which would mix up their pictures."""
-    dataset = open_dataset(write_tar(tmp_path / "a.tar"), 16, only=only)
+    dataset = open_dataset(write_tar(tmp_path / "a.tar"), 16)
     dataset[0]  # opened before the workers are born
-    batches = [list(training_batches(dataset, BatchNumbers(0, 10, 7, 7), 0, 0.1, 1.0, workers, pin=False))
-               for workers in (0, 2)]  # fmt: skip
+    dataset = SomeClasses(dataset, names) if names else dataset
+    batches = [
+        list(training_batches(dataset, BatchNumbers(0, 10, 7, 7), 0, 1.0, workers, torch.device("cpu")))
+        for workers in (0, 2)
+    ]
+    assert len(batches[0]) == len(batches[1]) == 10
     assert all(torch.equal(a[key], b[key]) for a, b in zip(*batches) for key in a)
 
 
@@ -109,24 +113,25 @@ def test_one_class_and_hidden_folders_are_understood_as_in_folders(tmp_path):
     one = open_dataset(write_tar(tmp_path / "one.tar", {"train/cat/0.png": PICTURES["cat/0.png"]}), 16)
     assert one.classes == ["cat"] and one.index.where(0) == f"{tmp_path}/one.tar: train/cat/0.png"
     hidden = PICTURES | {".trash/cat/5.png": b"", "dog/.thumbs/5.png": b"", "notes.txt": b"text", "cat/x.txt": b""}
-    tar, folder = (open_dataset(make(tmp_path / name, hidden), 16)
-                   for make, name in ((write_tar, "a.tar"), (write_folder, "a")))  # fmt: skip
+    tar, folder = (
+        open_dataset(make(tmp_path / name, hidden), 16) for make, name in ((write_tar, "a.tar"), (write_folder, "a"))
+    )
     assert len(tar) == 7 and tar.fingerprint == folder.fingerprint and tar.classes == folder.classes
 
 
-def test_row_24_the_error_of_an_unreadable_picture_names_tar_and_member(tmp_path):
+def test_the_error_of_an_unreadable_picture_names_tar_and_member(tmp_path):
     bad = PICTURES | {"dog/9.webp": b"no picture", "dog/8.png": b"", "cat/0.png": PICTURES["cat/0.png"][:300]}
     dataset = open_dataset(write_tar(tmp_path / "a.tar", bad, "train/"), 16)
     for name, reason in (("dog/9.webp", "cannot identify"), ("dog/8.png", "empty file"), ("cat/0.png", "")):
         i = [dataset.index.name(i) for i in range(len(dataset))].index(name)
-        with pytest.raises(DataError, match=f"a.tar: train/{name} is not a readable .*{reason}") as error:
+        with pytest.raises(UserError, match=f"a.tar: train/{name} is not a readable .*{reason}") as error:
             dataset[i]
         assert "\n" not in str(error.value)
 
 
 def refused(path, match):
     """open_dataset says one line that matches, and names the file."""
-    with pytest.raises(DataError, match=match) as error:
+    with pytest.raises(UserError, match=match) as error:
         open_dataset(path, 16)
     assert "\n" not in str(error.value) and os.path.basename(path) in str(error.value)
 
@@ -140,8 +145,12 @@ def test_compressed_tars_are_refused(tmp_path, pack, kind):
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
-    for name, content in (("text.tar", b"this is no tar" * 99), ("empty.tar", b""), ("short.tar", b"x"),
-                          ("picture.png", PICTURES["cat/0.png"])):  # fmt: skip
+    for name, content in (
+        ("text.tar", b"this is no tar" * 99),
+        ("empty.tar", b""),
+        ("short.tar", b"x"),
+        ("picture.png", PICTURES["cat/0.png"]),
+    ):
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, "is not a tar file")
     refused(write_tar(tmp_path / "nothing.tar", {}), "holds no JPEG")
@@ -168,14 +177,17 @@ def test_a_truncated_or_damaged_tar_is_refused_wherever_it_was_cut(tmp_path):
     refused(nested, r"b.tar: cat.tar is a damaged archive, or only part of one")
 
 
-@pytest.mark.parametrize("bad, match", [
-    (member("cat/link.png", tarfile.SYMTYPE, linkname="0.png"), "cat/link.png is a link"),
-    (member("cat/hard.png", tarfile.LNKTYPE, linkname="cat/0.png"), "cat/hard.png is a link"),
-    (member("cat/pipe.png", tarfile.FIFOTYPE), "cat/pipe.png is a link, a sparse file or a device"),
-    (member("cat/hole.png", tarfile.GNUTYPE_SPARSE), "cat/hole.png is a link, a sparse"),
-    (member("cat/../../x.png"), "cat/../../x.png leads out of the archive"),
-    (member("/etc/x.png"), "/etc/x.png leads out of the archive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        (member("cat/link.png", tarfile.SYMTYPE, linkname="0.png"), "cat/link.png is a link"),
+        (member("cat/hard.png", tarfile.LNKTYPE, linkname="cat/0.png"), "cat/hard.png is a link"),
+        (member("cat/pipe.png", tarfile.FIFOTYPE), "cat/pipe.png is a link, a sparse file or a device"),
+        (member("cat/hole.png", tarfile.GNUTYPE_SPARSE), "cat/hole.png is a link, a sparse"),
+        (member("cat/../../x.png"), "cat/../../x.png leads out of the archive"),
+        (member("/etc/x.png"), "/etc/x.png leads out of the archive"),
+    ],
+)
 def test_links_sparse_files_devices_and_escaping_names_are_refused(tmp_path, bad, match):
     refused(write_tar(tmp_path / "a.tar", members=[bad]), match)
 
@@ -189,10 +201,10 @@ def test_a_tar_that_changes_while_it_is_in_use_is_an_error(tmp_path):
     path = write_tar(tmp_path / "a.tar")
     dataset = open_dataset(path, 16)
     write_tar(path, dict(reversed(PICTURES.items())))
-    with pytest.raises(DataError, match="a.tar: cat/0.png: the tar was changed while it was in use"):
+    with pytest.raises(UserError, match="a.tar: cat/0.png: the tar was changed while it was in use"):
         dataset[0]
     path.unlink()
-    with pytest.raises(DataError, match="is the tar still there"):
+    with pytest.raises(UserError, match="is the tar still there"):
         dataset[0]
 
 
@@ -230,14 +242,17 @@ def test_without_write_nothing_is_created(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("change", [
-    lambda root: (root / "cat" / "new.png").write_bytes(PICTURES["cat/0.png"]),
-    lambda root: (root / "cat" / "0.png").unlink(),
-    lambda root: (root / "dog" / "deep" / "3.png").rename(root / "dog" / "deep" / "4.png"),
-    lambda root: (root / "cat").rename(root / "bird"),
-    lambda root: write_folder(root, {"newt/0.png": PICTURES["cat/0.png"]}),
-])  # fmt: skip
-def test_row_29_a_change_at_once_after_the_listing_is_seen_in_spite_of_the_cache(tmp_path, change, listings):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "cat" / "new.png").write_bytes(PICTURES["cat/0.png"]),
+        lambda root: (root / "cat" / "0.png").unlink(),
+        lambda root: (root / "dog" / "deep" / "3.png").rename(root / "dog" / "deep" / "4.png"),
+        lambda root: (root / "cat").rename(root / "bird"),
+        lambda root: write_folder(root, {"newt/0.png": PICTURES["cat/0.png"]}),
+    ],
+)
+def test_a_change_at_once_after_the_listing_is_seen_in_spite_of_the_cache(tmp_path, change, listings):
     """Catches a cache that hides what --accept-changed-data is there for, and times that tick too slowly to tell."""
     root, cache = write_folder(tmp_path / "a"), tmp_path / "run"
     before = open_dataset(root, 16, cache=cache).fingerprint
@@ -248,24 +263,30 @@ def test_row_29_a_change_at_once_after_the_listing_is_seen_in_spite_of_the_cache
     assert open_dataset(root, 16, cache=cache).fingerprint == after.fingerprint and len(listings) == 3
 
 
-def test_what_changed_just_now_is_listed_only_after_the_clock_has_ticked(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changed, tick",
+    [
+        (1_700_000_000_123_456_789, 10_000_000),  # the coarsest clock of a file system that counts nanoseconds: 10 ms
+        (1_700_000_000_000_000_000, 2_000_000_000),  # one that counts pairs of seconds
+    ],
+)
+def test_what_changed_just_now_is_listed_only_after_the_clock_has_ticked(tmp_path, monkeypatch, changed, tick):
     """Catches a second change within one tick, which leaves the time of the folder as the cache knows it."""
-    root, slept = write_folder(tmp_path / "a"), []
-    monkeypatch.setattr(picture_index.time, "sleep", slept.append)
-    for ago, waits in ((3600, []), (0, [0.02] * 5)):  # the root, three classes and a folder in one of them
-        for folder, _, _ in os.walk(root):
-            os.utime(folder, ns=(0, 1_700_000_000_123_456_789 - ago * 10**9))
-        monkeypatch.setattr(picture_index.time, "time_ns", lambda: 1_700_000_000_125_000_000)
-        slept.clear()
+    root, clock, listed = write_folder(tmp_path / "a"), [0], []
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, ns=(0, changed))
+    listing = os.scandir
+    monkeypatch.setattr(picture_index.time, "time_ns", lambda: clock[0])
+    monkeypatch.setattr(picture_index.time, "sleep", lambda seconds: clock.append(clock.pop() + int(seconds * 1e9)))
+    monkeypatch.setattr(picture_index.os, "scandir", lambda path: (listed.append(clock[0]), listing(path))[1])
+    for ago in (1_000_000, 3600 * 10**9):
+        clock[:], listed[:] = [changed + ago], []
         open_dataset(root, 16)
-        assert slept == waits
-    os.utime(root, ns=(0, 1_700_000_000_000_000_000))  # a file system that counts whole seconds
-    slept.clear()
-    open_dataset(root, 16)
-    assert slept[0] == 2
+        assert len(listed) == 5 and min(listed) >= changed + tick  # the root, three classes, a folder in one of them
+    assert clock == [changed + 3600 * 10**9]  # what is old is listed at once
 
 
-def test_row_29_another_tar_of_the_same_size_is_seen_in_spite_of_the_cache(tmp_path, listings):
+def test_another_tar_of_the_same_size_is_seen_in_spite_of_the_cache(tmp_path, listings):
     path, cache = write_tar(tmp_path / "a.tar"), tmp_path / "run"
     before, size = open_dataset(path, 16, cache=cache).fingerprint, path.stat().st_size
     write_tar(path, {name.replace("9.webp", "8.webp"): content for name, content in PICTURES.items()})
@@ -303,5 +324,5 @@ def test_a_data_set_that_went_away_is_an_error_in_spite_of_the_cache(tmp_path):
     open_dataset(root, 16, cache=cache)
     root.rename(tmp_path / "b")
     refused(root, "there is no data folder or tar file")
-    with pytest.raises(DataError, match="there is no data folder"):
+    with pytest.raises(UserError, match="there is no data folder"):
         open_dataset(root, 16, cache=cache)

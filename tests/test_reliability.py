@@ -6,7 +6,7 @@
 Everything runs as on a cluster, train.py under torchrun, only with gloo on a CPU. Faults come from outside: a small
 script changes something in the modules that train.py imports and then runs train.py as the command line would, so that
 train.py itself knows nothing of being tested. "Exact" is torch.equal on model, EMA, optimizer and step against a run
-that nobody disturbed. Not here: rows that need one process only, which stand beside their modules.
+that nobody disturbed. Not here: what needs one process only, which stands beside its module.
 """
 
 import contextlib
@@ -27,27 +27,24 @@ import uuid
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, save_checkpoint
-from dinov2 import DINOv2
-from model import PRESETS, PixNerd
-from test_train import QUICK, ROOT, assert_same_run, folder, last  # noqa: F401  `folder` is a fixture
+from helpers import QUICK, ROOT, assert_same_run, last
 
-pytestmark = pytest.mark.skipif(
-    not pathlib.Path("/proc/self/environ").exists(), reason="finds processes through /proc"
-)
+from model import PRESETS, PixNerd
+from pretrained.dinov2 import DINOv2
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="finds processes through /proc")
 slow = pytest.mark.slow
 STEPS = 8
 # The rate does not depend on --steps, so that a run can also be stopped by a smaller --steps and still be the same run.
 FLAGS = [*QUICK, "--schedule", "constant", "--log-every", "1"]
-PATIENCE = (
-    150  # seconds until a test gives up waiting: a start takes 6 on a quiet machine, and machines are not quiet
-)
+PATIENCE = 150  # seconds until a test gives up waiting: a start takes 6 on a quiet machine, and machines are not quiet
 
 PRELUDE = f"""
 import itertools, os, pathlib, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv[0] = {str(ROOT / "train.py")!r}
-import checkpoint, data, flow, torch
+import data, flow, runtime.checkpoint, runtime.pictures, runtime.run_folder, torch
 HERE, RANK = pathlib.Path(__file__).parent, int(os.environ.get("RANK", 0))
 
 def note(name, line):
@@ -63,7 +60,8 @@ RECORD_SAMPLES = """
 plain_item = data.TrainingSamples.__getitem__
 def recorded(self, k):
     sample = plain_item(self, k)
-    note("samples", f"{k} {sample['index']} {sample['y']} {float(sample['t'])!r} {float(sample['noise'].sum())!r}")
+    drawn = [float(sample[name].sum()) for name in ("u", "t", "noise")]
+    note("samples", " ".join(map(repr, [k, sample["index"], sample["y"], *drawn])))
     return sample
 data.TrainingSamples.__getitem__ = recorded
 """
@@ -271,16 +269,16 @@ class File:  # dies in the middle of a write
 
 if RANK == 0 and lives < len(POINTS):
     point, armed = POINTS[lives], False
-    checkpoint.open = File
+    runtime.checkpoint.open = File
     for name in ("fsync", "replace", "link"):
         setattr(os, name, dying(name, getattr(os, name)))
     pathlib.Path.unlink = dying("unlink", pathlib.Path.unlink)
-    plain_save = checkpoint.save_run
+    plain_save = runtime.run_folder.save_run
     def save_run(*args):
         global armed
         armed = next(saves) == 2  # the first save of each life succeeds, or there would never be progress
         return plain_save(*args)
-    checkpoint.save_run = save_run
+    runtime.run_folder.save_run = save_run
 """
 CALLS = [
     f"{when} {call}"
@@ -294,7 +292,7 @@ EVERYWHERE = [0.0, 1e-6, *(random.Random(1).random() for _ in range(8)), 0.99999
 
 
 @slow
-def test_row_1_killed_in_the_middle_of_a_save_resumes_exactly(tmp_path, whole):
+def test_killed_in_the_middle_of_a_save_resumes_exactly(tmp_path, whole):
     """All ranks get SIGKILL at one point after another, and torchrun starts them again: a chain of resumes.
 
     Catches: writing over the newest checkpoint, pruning before the new one is safe, half a file taken for a whole one.
@@ -306,20 +304,26 @@ def test_row_1_killed_in_the_middle_of_a_save_resumes_exactly(tmp_path, whole):
     points = [int(point * size) if isinstance(point, float) else point for point in EVERYWHERE]
     out = tmp_path / "life" / "run"
     script = sabotage(out.parent, f"POINTS = {points!r}", KILL_IN_A_SAVE)
-    text = run(out, "--steps", steps, "--save-every", 1, script=script, timeout=PATIENCE + 30 * len(points),
-               agent=["--standalone", f"--max-restarts={len(points)}"])  # fmt: skip
+    text = run(
+        out,
+        "--steps",
+        steps,
+        "--save-every",
+        1,
+        script=script,
+        timeout=PATIENCE + 30 * len(points),
+        agent=["--standalone", f"--max-restarts={len(points)}"],
+    )
     killed = (out.parent / "killed").read_text().splitlines()
     assert killed == [f"at byte {point}" if isinstance(point, int) else point for point in points]  # each was reached
     resumed = [int(step) for step in re.findall(r"resuming .* at step (\d+)", text)]
-    assert len(resumed) == len(points) and all(
-        b > a for a, b in zip(resumed, resumed[1:])
-    )  # the save before is there
+    assert len(resumed) == len(points) and all(b > a for a, b in zip(resumed, resumed[1:]))  # the save before is there
     assert_same_run(last(out), last(reference))
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob(".tmp-*"))
 
 
 @slow
-def test_row_2_killed_at_any_time_loses_at_most_one_save_interval(tmp_path, whole):
+def test_killed_at_any_time_loses_at_most_one_save_interval(tmp_path, whole):
     """SIGKILL for everything, torchrun too, at random moments, start-up included; then the same command again."""
     out, draw, reached = tmp_path / "run", random.Random(2), 0
     script = sabotage(tmp_path, SLOW_STEPS)
@@ -340,20 +344,18 @@ def test_row_2_killed_at_any_time_loses_at_most_one_save_interval(tmp_path, whol
 
 @slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_row_3_when_one_rank_is_killed_all_end_within_40_seconds(tmp_path, victim):
+def test_when_one_rank_is_killed_all_end_within_40_seconds(tmp_path, victim):
     """Catches: survivors that wait for the dead one, and loader workers that outlive their rank."""
     with Job(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--workers", 2) as job:
         job.wait_for_step(3)
-        start = time.monotonic()
         os.kill(job.pid(victim), signal.SIGKILL)
         assert job.finish(timeout=40) != 0
-        assert time.monotonic() - start < 40
         assert f"train.py: rank {1 - victim} lost touch with another process" in job.text, job.text
 
 
 @slow
 @pytest.mark.parametrize("where", ["step", "loader"])
-def test_row_4_when_one_rank_raises_all_end_and_its_traceback_is_shown(tmp_path, where):
+def test_when_one_rank_raises_all_end_and_its_traceback_is_shown(tmp_path, where):
     """Catches: an error swallowed by a one-line message, or buried under the survivors' complaints about their peer."""
     fault = (
         """
@@ -368,40 +370,37 @@ if RANK == 1:
         if where == "step"
         else """
 if RANK == 1:
-    plain_item = data.Emoji.__getitem__
-    def crash(self, i, generator=None):
+    plain_picture = data.Emoji.picture
+    def crash(self, i, rng=None):
         if next(count) == 5:
             note("fault", time.time())
             raise ArithmeticError("made by the test")
-        return plain_item(self, i, generator)
-    count, data.Emoji.__getitem__ = itertools.count(), crash
+        return plain_picture(self, i, rng)
+    count, data.Emoji.picture = itertools.count(), crash
 """
     )
     workers = 2 if where == "loader" else 0
-    text = fails(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--workers", workers,
-                 script=sabotage(tmp_path, fault))  # fmt: skip
+    text = fails(
+        tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--workers", workers, script=sabotage(tmp_path, fault)
+    )
     assert time.time() - float((tmp_path / "fault").read_text().split()[0]) < 40  # from the first fault on
     assert "ArithmeticError: made by the test" in text and "in crash" in text, text
-    assert text.count("Traceback (most recent call last)") <= (3 if where == "loader" else 2), (
-        text
-    )  # + torchrun's own
+    assert text.count("Traceback (most recent call last)") <= (3 if where == "loader" else 2), text  # + torchrun's own
 
 
 @slow
-def test_row_5_a_frozen_rank_is_an_error_after_the_timeout(tmp_path):
+def test_a_frozen_rank_is_an_error_after_the_timeout(tmp_path):
     """Catches: waiting forever for a process that neither answers nor ends. torchrun kills it 30 s after the error."""
     with Job(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--timeout", 10) as job:
         job.wait_for_step(3)
         os.kill(job.pid(1), signal.SIGSTOP)
-        start = time.monotonic()
         assert job.finish(timeout=10 + 30 + 30) != 0
         assert "train.py: rank 0 lost touch with another process" in job.text, job.text
         assert "imed out" in job.text, job.text
-        assert time.monotonic() - start > 8  # and not for another reason
 
 
 @slow
-def test_row_6_torchrun_with_max_restarts_resumes_by_itself(tmp_path, whole):
+def test_torchrun_with_max_restarts_resumes_by_itself(tmp_path, whole):
     """One rank crashes once, between two saves."""
     crash_once = """
 def crash(k, loss):
@@ -411,8 +410,15 @@ def crash(k, loss):
     return loss
 each_step(crash)
 """
-    text = run(tmp_path / "run", "--steps", STEPS, "--save-every", 2, script=sabotage(tmp_path, crash_once),
-               agent=["--standalone", "--max-restarts=1"])  # fmt: skip
+    text = run(
+        tmp_path / "run",
+        "--steps",
+        STEPS,
+        "--save-every",
+        2,
+        script=sabotage(tmp_path, crash_once),
+        agent=["--standalone", "--max-restarts=1"],
+    )
     assert "ArithmeticError: made by the test" in text and text.count("resuming") == 1
     assert_same_run(last(tmp_path / "run"), last(whole))
     assert sorted(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
@@ -435,7 +441,7 @@ def stopped_and_resumed(out, job, whole):
 
 @slow
 @pytest.mark.parametrize("workers", [2, 0])
-def test_row_7_sigterm_to_torchrun_saves_the_same_step_on_all_ranks(tmp_path, whole, workers):
+def test_sigterm_to_torchrun_saves_the_same_step_on_all_ranks(tmp_path, whole, workers):
     """torchrun passes the signal on to whole process groups. Catches: loader workers that die of it before the save."""
     out = tmp_path / "run"
     flags = ["--steps", STEPS, "--save-every", 0, "--workers", workers]
@@ -446,19 +452,20 @@ def test_row_7_sigterm_to_torchrun_saves_the_same_step_on_all_ranks(tmp_path, wh
 
 
 @slow
-def test_row_7_sigterm_during_a_preview(tmp_path, whole):
+def test_sigterm_during_a_preview(tmp_path, whole):
     """Only rank 0 draws; the others wait in the next step already. Catches: a rank that stops one step early."""
     out = tmp_path / "run"
     pause = """
-plain_grid = data.picture_grid
+plain_grid = runtime.pictures.picture_grid
 def slow_grid(*args):
     note("previewing", RANK)
     time.sleep(3)
     return plain_grid(*args)
-data.picture_grid = slow_grid
+runtime.pictures.picture_grid = slow_grid
 """
-    with Job(out, "--steps", STEPS, "--save-every", 0, "--preview-every", 3,
-             script=sabotage(tmp_path, SLOW_STEPS, pause)) as job:  # fmt: skip
+    with Job(
+        out, "--steps", STEPS, "--save-every", 0, "--preview-every", 3, script=sabotage(tmp_path, SLOW_STEPS, pause)
+    ) as job:
         job.wait_for((tmp_path / "previewing").exists, "preview")
         job.process.send_signal(signal.SIGTERM)
         stopped_and_resumed(out, job, whole)
@@ -466,7 +473,7 @@ data.picture_grid = slow_grid
 
 @slow
 @pytest.mark.parametrize("rank, number", [(1, signal.SIGTERM), (0, signal.SIGINT)])
-def test_row_8_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, whole, rank, number):
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, whole, rank, number):
     """Catches: a rank that leaves alone, without a checkpoint, while the others wait for it."""
     out = tmp_path / "run"
     with Job(out, "--steps", STEPS, "--save-every", 0, script=sabotage(tmp_path, SLOW_STEPS)) as job:
@@ -480,7 +487,7 @@ def test_row_8_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, whole, rank,
 
 
 @slow
-def test_row_14_a_full_disk_is_named_and_keeps_the_checkpoint_before(tmp_path, whole):
+def test_a_full_disk_is_named_and_keeps_the_checkpoint_before(tmp_path, whole):
     """Files may not grow beyond 20 MB. Catches: ranks that wait for a failed save; torch.save's unrelated error."""
     out = copy_of(whole, 4, tmp_path / "run")
     before = (out / "step-00000004.pt").read_bytes()
@@ -488,7 +495,9 @@ def test_row_14_a_full_disk_is_named_and_keeps_the_checkpoint_before(tmp_path, w
     text = fails(out, "--steps", STEPS, "--save-every", 2, script=sabotage(tmp_path, limit))
     assert_one_line(text, "[Errno 27] File too large")
     names = sorted(path.name for path in out.glob("*.pt*"))
-    assert names == ["last.pt", "step-00000004.pt"] and last(out)["step"] == 4  # no temporary file, no half of a new one
+    assert (
+        names == ["last.pt", "step-00000004.pt"] and last(out)["step"] == 4
+    )  # no temporary file, no half of a new one
     assert (out / "step-00000004.pt").read_bytes() == before
 
 
@@ -499,7 +508,7 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=slow)])
-def test_row_21_not_finite_on_one_rank_stops_all_before_the_update_and_is_blamed(tmp_path, whole, what):
+def test_not_finite_on_one_rank_stops_all_before_the_update_and_is_blamed(tmp_path, whole, what):
     """Rank 1 goes wrong in step 3, noticed at the next save. Catches: rank 0 reporting itself, or a step of -1."""
     fault = f"each_step(lambda k, loss: {NOT_FINITE[what]} if RANK == 1 and k == 3 else loss)"
     out = tmp_path / "run"
@@ -511,7 +520,7 @@ def test_row_21_not_finite_on_one_rank_stops_all_before_the_update_and_is_blamed
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=slow)])
-def test_row_30_a_killed_loader_worker_is_an_error_that_names_it(tmp_path, ranks):
+def test_a_killed_loader_worker_is_an_error_that_names_it(tmp_path, ranks):
     """As the kernel does when memory runs out. Catches: waiting for its batch, and a traceback through the loader."""
     with Job(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--workers", 2, ranks=ranks) as job:
         job.wait_for_step(3)
@@ -519,8 +528,10 @@ def test_row_30_a_killed_loader_worker_is_an_error_that_names_it(tmp_path, ranks
         worker = job.workers(rank)[0]
         os.kill(worker, signal.SIGKILL)
         assert job.finish(timeout=60) != 0
-        by_torch = [f"DataLoader worker (pid {worker}) is killed by signal: Killed",
-                    f"DataLoader worker (pid(s) {worker}) exited unexpectedly"]  # fmt: skip
+        by_torch = [
+            f"DataLoader worker (pid {worker}) is killed by signal: Killed",
+            f"DataLoader worker (pid(s) {worker}) exited unexpectedly",
+        ]
         assert_one_line(job.text, by_torch["unexpectedly" in job.text])
 
 
@@ -544,7 +555,7 @@ def test_damaged_checkpoints_found_by_rank_0_end_all_ranks_with_one_line(tmp_pat
 
 
 @slow
-def test_row_18_world_size_may_change_between_resumes(tmp_path, whole):
+def test_world_size_may_change_between_resumes(tmp_path, whole):
     """Two ranks up to step 4, one to 6, two to 8. Catches: an order, noise or label drop that depends on the rank."""
     out = copy_of(whole, 4, tmp_path / "run")
     script = sabotage(tmp_path, RECORD_SAMPLES)
@@ -571,7 +582,7 @@ def test_ranks_and_micro_batches_share_the_same_samples(tmp_path, whole, ranks, 
 @slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [3, 4], ids=["end_of_an_epoch", "mid_epoch"])
-def test_row_19_workers_and_the_place_in_the_epoch_do_not_matter(tmp_path, folder, workers, stop):  # noqa: F811
+def test_workers_and_the_place_in_the_epoch_do_not_matter(tmp_path, folder, workers, stop):
     """Six pictures in batches of four: step 3 ends the second epoch. Reference: no workers, no stop."""
     run(tmp_path / "reference" / "run", "--data", folder, "--steps", 6, "--workers", 0)
     out = tmp_path / "run"
@@ -581,7 +592,7 @@ def test_row_19_workers_and_the_place_in_the_epoch_do_not_matter(tmp_path, folde
 
 
 @slow
-def test_ranks_that_find_different_pictures_end_with_one_line(tmp_path, folder):  # noqa: F811
+def test_ranks_that_find_different_pictures_end_with_one_line(tmp_path, folder):
     """As with copies of the data on each machine. Catches: two orders of two data sets, and a run that looks fine."""
     fault = f"""
 if RANK == 1:
@@ -618,8 +629,10 @@ def test_two_nodes_train_as_one_node_does(tmp_path, whole):
         port = free.getsockname()[1]
     agent = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two-nodes"]
     flags = ["--steps", STEPS, "--save-every", 3]
-    with (Job(tmp_path / "run", *flags, ranks=1, agent=[*agent, "--node-rank=0"]) as a,
-          Job(tmp_path / "run", *flags, ranks=1, agent=[*agent, "--node-rank=1"]) as b):  # fmt: skip
+    with (
+        Job(tmp_path / "run", *flags, ranks=1, agent=[*agent, "--node-rank=0"]) as a,
+        Job(tmp_path / "run", *flags, ranks=1, agent=[*agent, "--node-rank=1"]) as b,
+    ):
         assert a.finish() == 0 and b.finish() == 0, a.text + b.text
         assert (a.text + b.text).count(f"step {STEPS}/{STEPS}") == 1  # only rank 0 of both nodes speaks
     assert_same_run(last(tmp_path / "run"), last(whole))
@@ -657,11 +670,13 @@ def test_starting_from_another_number_of_classes_says_that_the_embedding_is_new(
     torch.manual_seed(5)
     config = dataclasses.replace(PRESETS["Nano"], num_classes=3, patch_size=16, field_width=8, field_depth=1)
     model = PixNerd(config)
-    save_checkpoint(tmp_path / "source.pt", {"format": "pixnerd 1", "config": dataclasses.asdict(config),
-                                             "class_names": None, "ema": model.state_dict()})  # fmt: skip
+    save_checkpoint(
+        tmp_path / "source.pt",
+        {"format": "pixnerd 1", "config": dataclasses.asdict(config), "class_names": None, "ema": model.state_dict()},
+    )
     out = tmp_path / "run"
     text = run(out, "--steps", 1, "--lr", "1e-12", "--init", tmp_path / "source.pt", ranks=1)
-    assert "class embedding was for 3 classes, this run has 9: made anew" in text
+    assert "class embedding was for 3 classes, this run has 9: a new one is trained" in text
     for key, value in last(out)["model"].items():
         if key == "class_embed.weight":
             assert value.shape[0] == 10  # nine classes, and "no class"

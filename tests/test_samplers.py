@@ -1,14 +1,16 @@
 """Solvers: exact where they must be, of the order that they claim, and equal to the released implementation."""
 
+import functools
 import math
-import types
 
 import pytest
 import torch
+from helpers import TINY, randomised
 
-import samplers
-from flow import score_from_velocity
-from samplers import adams, adams_coefficients, euler, euler_maruyama, guide, heun, time_grid
+from data import random_stream, to_uint8
+from flow import clean_from_velocity, score_from_velocity
+from runtime.files import UserError
+from samplers import adams, adams_coefficients, euler, euler_maruyama, generate, guide, heun, image_noise, time_grid
 
 SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)} | {
     f"adams{k}": (lambda v, x, t, k=k, **kw: adams(v, x, t, order=k, **kw), k) for k in (1, 2, 3, 4)
@@ -110,9 +112,7 @@ def test_eq_3_sde_carries_noise_to_the_same_gaussian():
     """Not point by point, but in distribution: mean 2 and standard deviation 0.5, in the middle of the path too."""
     generator = torch.Generator().manual_seed(0)
     noise, states = torch.randn(100_000, 1, generator=generator), {}
-    x = euler_maruyama(
-        gaussian, noise, time_grid(200), generator, callback=lambda step, t, x: states.update({step: x})
-    )
+    x = euler_maruyama(gaussian, noise, time_grid(200), generator, callback=lambda step, t, x: states.update({step: x}))
     assert x.mean().item() == pytest.approx(2, abs=0.01) and x.std().item() == pytest.approx(0.5, abs=0.01)
     half = states[100]
     assert half.mean().item() == pytest.approx(1, abs=0.01)
@@ -150,10 +150,11 @@ def test_eq_3_one_generator_per_image_makes_images_independent_of_the_batch():
 class Recorder:
     """A "model" whose velocity is 10 for no class and the class index otherwise, and which counts its rows."""
 
-    config = types.SimpleNamespace(num_classes=4)
-
     def __init__(self):
         self.rows = []
+
+    def null(self, y):
+        return torch.full_like(y, 4)
 
     def __call__(self, x, t, y):
         self.rows.append(len(x))
@@ -166,17 +167,25 @@ def test_guidance_extrapolates_from_no_class_to_the_class():
     torch.testing.assert_close(v, torch.tensor([[10 + 3.5 * (0 - 10)], [10 + 3.5 * (3 - 10)]]))
 
 
+def test_guidance_asks_the_model_for_its_null_condition():
+    """Conditions may be classes (B) or features of a sentence (B, M, E). Catches: a class index made by the sampler."""
+
+    class Sentences:
+        def null(self, y):
+            return torch.full_like(y, 0.25)
+
+        def __call__(self, x, t, y):
+            return y.mean(dim=(1, 2)).view(-1, 1).expand_as(x)
+
+    y = torch.stack([torch.full((5, 7), 1.0), torch.full((5, 7), 3.0)])
+    v = guide(Sentences(), y, 2.0)(torch.zeros(2, 1), torch.tensor(0.5))
+    torch.testing.assert_close(v, torch.tensor([[0.25 + 2 * 0.75], [0.25 + 2 * 2.75]]))
+
+
 def test_guidance_off_computes_one_half_only():
     """Scale 1, and times outside the open interval, ends included; float32(0.1) is not above float32(0.1)."""
     x, y = torch.zeros(2, 1), torch.tensor([0, 3])
-    for scale, t, rows in (
-        (3.5, 0.5, 4),
-        (3.5, 0.1, 2),
-        (3.5, 0.0, 2),
-        (3.5, 1.0, 2),
-        (3.5, 0.1001, 4),
-        (1.0, 0.5, 2),
-    ):
+    for scale, t, rows in ((3.5, 0.5, 4), (3.5, 0.1, 2), (3.5, 0.0, 2), (3.5, 1.0, 2), (3.5, 0.1001, 4), (1.0, 0.5, 2)):
         model = Recorder()
         v = guide(model, y, scale)(x, torch.tensor(t))
         assert model.rows == [rows], (scale, t)
@@ -196,4 +205,103 @@ def test_solvers_evaluate_as_often_as_they_say():
 
 def test_unknown_orders_are_refused():
     with pytest.raises(ValueError, match="orders 1 to 4, not 5"):
-        samplers.adams(gaussian, torch.zeros(1), time_grid(2), order=5)
+        adams(gaussian, torch.zeros(1), time_grid(2), order=5)
+
+
+# ---- generate: the whole way from noise to pictures ------------------------------------------------------------------
+
+GENERATED = {
+    "euler": euler,
+    "heun": heun,
+    "adams": functools.partial(adams, order=3),
+    "euler-maruyama": euler_maruyama,  # with a generator for each image
+}
+
+
+def streams(numbers):
+    """Fresh generators for the noise of the stochastic solver, one for each image."""
+    return [random_stream("solver", 0, i) for i in numbers]
+
+
+def test_an_image_starts_from_noise_of_its_seed_and_number_alone():
+    noise = image_noise(3, [5, 0, 7], (4, 6))
+    assert noise.shape == (3, 3, 4, 6) and torch.equal(noise[1:2], image_noise(3, [0], (4, 6)))
+    assert torch.equal(noise[0], torch.randn(3, 4, 6, generator=random_stream("noise", 3, 5)))
+    assert not torch.equal(noise, image_noise(4, [5, 0, 7], (4, 6)))
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generate_is_the_solver_with_guidance_and_its_film_holds_x_t_and_the_image_predicted_from_it(name):
+    """Figure 7 of the paper. The prediction is x_t + (1 - t) v at x_t itself.
+
+    Catches: a setting that is lost on the way, Heun's trial points in the film, a frame too many or too few.
+    """
+    model, y, times, film = randomised(TINY), torch.tensor([1, 2]), time_grid(5, 2.0), []
+    noise = image_noise(0, [5, 6], (16, 16))
+    more = {"generators": streams([5, 6])} if name == "euler-maruyama" else {}
+    watch = lambda step, t, x_t, x: film.append((step, float(t), x_t, x))
+    images = generate(model, y, noise, times, 4.0, (0.2, 0.8), name, order=3, watch=watch, **more)
+
+    states, extra = [], {"generator": streams([5, 6])} if name == "euler-maruyama" else {}
+    velocity = guide(model, y, 4.0, (0.2, 0.8))
+    keep = lambda step, t, x: states.append(x)
+    with torch.no_grad():
+        x = GENERATED[name](velocity, noise, times, callback=keep, **extra)
+        assert images.dtype == torch.uint8 and torch.equal(images, to_uint8(x))
+        assert [step for step, *_ in film] == [0, 1, 2, 3, 4, 5]
+        for (_, t, x_t, predicted), state, time in zip(film, states, times, strict=True):
+            assert t == float(time) and torch.equal(x_t, state)
+            expected = clean_from_velocity(velocity(state, time), state, time) if time < 1 else state
+            torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_an_image_is_the_same_in_any_batch_up_to_rounding(name):
+    model, y, times = randomised(TINY), torch.tensor([0, 1, 2]), time_grid(6)
+    noise = image_noise(0, [0, 1, 2], (16, 16))
+    together = generate(model, y, noise, times, 3.5, solver=name, generators=streams([0, 1, 2]))
+    for i in range(3):
+        alone = generate(model, y[i : i + 1], noise[i : i + 1], times, 3.5, solver=name, generators=streams([i]))
+        assert (alone[0].int() - together[i].int()).abs().max() <= 1
+
+
+def test_generate_draws_each_token_with_more_pixels_on_a_given_grid():
+    """Section 4.5. Catches: a grid that is lost on its way through the guidance."""
+    model, y, times, noise = randomised(TINY), torch.tensor([1]), time_grid(4), image_noise(0, [0], (32, 32))
+    images = generate(model, y, noise, times, 3.0, grid=(4, 4))
+    with torch.no_grad():
+        x = euler(guide(model, y, 3.0, grid=(4, 4)), noise, times)
+        tokens = euler(guide(model, y, 3.0), noise, times)  # 8x8 of them
+    assert images.shape == (1, 3, 32, 32) and torch.equal(images, to_uint8(x))
+    assert not torch.equal(images, to_uint8(tokens))
+
+
+def test_generate_computes_in_the_precision_it_is_given():
+    """bf16 by autocast: matrix products round, the state between the steps does not."""
+    model, y, times, noise = randomised(TINY), torch.tensor([1]), time_grid(4), image_noise(0, [0], (16, 16))
+    seen, states = [], []
+    model.patch_embed.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    images = {p: generate(model, y, noise, times, 3.0, precision=p) for p in ("fp32", "bf16")}
+    assert set(seen[: len(seen) // 2]) == {torch.float32} and set(seen[len(seen) // 2 :]) == {torch.bfloat16}
+    difference = (images["fp32"].int() - images["bf16"].int()).abs()
+    assert 0 < difference.max() and difference.float().mean() < 5
+    generate(model, y, noise, times, 3.0, precision="bf16", watch=lambda step, t, x_t, x: states.append(x_t.dtype))
+    assert set(states) == {torch.float32}
+
+
+def test_a_picture_that_is_not_finite_is_refused():
+    """Cut to 0..255, it would look like a picture."""
+    model, y, times, noise = randomised(TINY), torch.tensor([1, 1]), time_grid(4), image_noise(0, [0, 1], (16, 16))
+    assert generate(model, y, noise, times, 1.0).shape == (2, 3, 16, 16)
+    for broken in (float("nan"), float("inf")):
+        noise[1, 0, 3, 3] = broken
+        with pytest.raises(UserError, match="--precision fp32: a picture is not finite; try fp32, or an earlier"):
+            generate(model, y, noise, times, 1.0)
+
+
+def test_generate_keeps_nothing_for_a_backward_pass():
+    """Catches: the memory of all the steps, which a gradient would need."""
+    model, y, seen = randomised(TINY), torch.tensor([1]), []
+    watch = lambda step, t, x_t, x: seen.append(x.requires_grad)
+    generate(model, y, image_noise(0, [0], (16, 16)), time_grid(2), 1.0, watch=watch)
+    assert next(model.parameters()).requires_grad and seen == [False, False, False]

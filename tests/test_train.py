@@ -1,13 +1,9 @@
 """The training loop as a user starts it: it learns, it resumes exactly, and mistakes get one line."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
-import pathlib
-import runpy
 import shutil
 import signal
 import subprocess
@@ -17,93 +13,115 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, assert_same_run, command, last, refuses, start, train
 from PIL import Image
 
-import previews
 import sample
-from checkpoint import load_checkpoint, save_checkpoint
 from data import TrainingSamples, from_uint8, open_dataset
-from flow import flow_matching_loss, interpolate, sample_time
-from inception import InceptionV3
+from flow import alignment_loss, flow_matching_loss, interpolate, sample_time
 from model import PixNerd
-from test_model import TINY
-
-ROOT = pathlib.Path(__file__).parent.parent
-# A small model in float32 and one thread, so that equal means equal to the last bit.
-QUICK = ["--patch-size", "16", "--field-width", "8", "--field-depth", "1", "--batch-size", "4", "--precision", "fp32",
-         "--compile", "off", "--preview-every", "0", "--device", "cpu", "--schedule", "constant",
-         "--optimizer", "adamw", "--lr", "3e-3"]  # fmt: skip
+from pretrained.inception import InceptionV3
+from runtime import previews
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from train import Student, learning_rate, training_loss, update
 
 
-def command(out, *flags):
-    """The arguments of a quick run."""
-    return [str(ROOT / "train.py"), "--out", str(out), *QUICK, *map(str, flags)]
+# ---- one step, by hand -----------------------------------------------------------------------------------------------
 
 
-def start(out, *flags):
-    """train.py in a process of its own, for runs that are to be killed."""
-    return subprocess.Popen([sys.executable, *command(out, *flags)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+def a_batch():
+    """Four samples of the emoji with their numbers, as the loader makes them."""
+    samples = TrainingSamples(open_dataset("emoji", 32), seed=0)
+    return torch.utils.data.default_collate([samples[k] for k in range(4)])
 
 
-def train(out, *flags):
-    """Runs train.py as a script, to its end: (exit status, stdout, stderr).
+class Teacher(torch.nn.Module):
+    """Tokens that are a fixed function of the image: 16 tokens of 5 numbers."""
 
-    In this process, since starting Python and torch takes longer than these runs. An exception other than SystemExit,
-    which a user would see as a traceback, fails the test that called this.
-    """
-    stdout, stderr, status, argv = io.StringIO(), io.StringIO(), 0, sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        sys.argv = command(out, *flags)
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as leaving:
-        if isinstance(leaving.code, str):  # what Python prints on stderr when it leaves with a text
-            status, stderr = 1, io.StringIO(stderr.getvalue() + leaving.code)
-        else:
-            status = leaving.code or 0
-    finally:
-        sys.argv = argv
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return status, stdout.getvalue(), stderr.getvalue()
+    width = 5
+
+    def forward(self, images, student_patch):
+        assert student_patch == 8 and 0 <= images.min() and images.max() <= 1
+        return (
+            torch.nn.functional.avg_pool2d(images, student_patch).flatten(2).transpose(1, 2) @ torch.ones(3, 5).tril()
+        )
 
 
-def last(out):
-    """The checkpoint that a run ended with."""
-    return load_checkpoint(out / "last.pt")
+NANO = dataclasses.replace(TINY, num_classes=9, resolution=32, patch_size=8)
 
 
-def assert_same_run(a, b):
-    """Model, EMA, optimizer and step equal to the bit."""
-    assert a["step"] == b["step"]
-    for part in ("model", "ema"):
-        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part]), part
-    for ours, theirs in zip(a["optimizers"], b["optimizers"], strict=True):
-        for index, moments in ours["state"].items():
-            assert all(torch.equal(value, theirs["state"][index][key]) for key, value in moments.items())
+def a_student(teacher_width=0):
+    """A student whose model's velocity is not zero."""
+    torch.manual_seed(0)
+    student = Student(PixNerd(NANO), repa_block=1, teacher_width=teacher_width)
+    torch.nn.init.normal_(student.model.decoder.output.weight, std=0.5)
+    return student
 
 
-def refuses(out, *flags):
-    """Runs train.py with a mistake in it and gives the one line that it answers."""
-    status, stdout, stderr = train(out, *flags)
-    assert status in (1, 2), stdout + stderr
-    return stderr.strip().splitlines()[-1]
+def test_training_loss_is_flow_matching_of_the_mixed_image_plus_weighted_alignment():
+    """Written out. Catches: the wrong weight, the clean image given to the model, features of another block."""
+    batch, student, teacher = a_batch(), a_student(teacher_width=5), Teacher()
+    x, noise, t = from_uint8(batch["image"]), batch["noise"], batch["t"]
+    loss, per_image, alignment = training_loss(student, teacher, batch, drop_label=0.0, repa=0.5, patch_size=8)
+    v, tokens = student.model(interpolate(x, noise, t), t, batch["y"], features_at=1)
+    torch.testing.assert_close(per_image, (v - (x - noise)).square().mean((1, 2, 3)))
+    expected = alignment_loss(student.projector(tokens), teacher(batch["image"] / 255, 8))
+    torch.testing.assert_close(alignment, expected)
+    torch.testing.assert_close(loss, flow_matching_loss(v, x, noise) + 0.5 * expected)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes with three pictures each."""
-    for name in ("cat", "dog"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = np.random.RandomState(i).randint(0, 256, (32, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    return tmp_path / "data"
+def test_labels_are_dropped_where_the_sample_s_number_says_so():
+    """A share `drop_label` of them, the same samples for any batch. Catches: y dropped for the whole batch."""
+    batch, student = a_batch(), a_student()
+    batch["u"] = torch.tensor([0.05, 0.2, 0.6, 0.9])
+    for share, dropped in ((0.0, []), (0.3, [0, 1]), (1.0, [0, 1, 2, 3])):
+        seen = []
+        hook = student.model.class_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+        training_loss(student, None, batch, share)
+        hook.remove()
+        assert seen == [[9 if i in dropped else int(y) for i, y in enumerate(batch["y"])]]
+
+
+def test_update_takes_one_adamw_step_and_moves_the_average():
+    """Of plain numbers: the first step of AdamW is the rate times the sign; the average moves by 1 - decay of it."""
+    student = a_student()
+    ema = [p.detach().clone() for p in student.model.parameters()]
+    before = [p.detach().clone() for p in student.model.parameters()]
+    average = torch.nn.ParameterList(ema)
+    loss = training_loss(student, None, a_batch())[0]
+    loss.backward()
+    signs = [p.grad.sign() for p in student.parameters()]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1.0, eps=1e-30, weight_decay=0.0, fused=True)
+    update(student, average, [optimizer], NoGauges(), step=1, lr=1e-2, decay=0.75)
+    for old, new, sign, mean in zip(before, student.model.parameters(), signs, average):
+        torch.testing.assert_close(new, old - 1e-2 * sign)
+        torch.testing.assert_close(mean, 0.75 * old + 0.25 * new)
+
+
+class NoGauges:
+    """Nothing is ever broken."""
+
+    def broken(self, step, norm):
+        return torch.zeros(())
+
+
+def test_update_clips_the_gradient_to_its_norm():
+    student = a_student()
+    training_loss(student, None, a_batch())[0].backward()
+    seen = []
+
+    class Look(torch.optim.SGD):
+        def step(self):
+            seen.append(torch.nn.utils.get_total_norm([p.grad for p in student.parameters()]).item())
+
+    update(student, student.model, [Look(student.parameters(), 1.0)], NoGauges(), 1, lr=1.0, decay=0.9, clip=1e-3)
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_learning_rate_rises_then_stays_or_falls_as_a_cosine():
+    assert [learning_rate(step, 10, 8.0, warmup=3) for step in (0, 1, 3, 9)] == [2, 4, 8, 8]
+    assert learning_rate(5, 10, 8.0, schedule="cosine") == pytest.approx(4)
+    assert learning_rate(10, 10, 8.0, schedule="cosine") == pytest.approx(0)
 
 
 # ---- it learns -------------------------------------------------------------------------------------------------------
@@ -114,8 +132,7 @@ def test_one_batch_is_overfitted():
     torch.manual_seed(0)
     x = from_uint8(torch.stack([open_dataset("emoji", 32)[200 * i][0] for i in range(8)]))
     noise, t, y = torch.randn_like(x), sample_time(8), torch.arange(8) % 3
-    model = PixNerd(dataclasses.replace(TINY, hidden_size=64, num_heads=4, resolution=32, patch_size=8,
-                                        field_width=16))  # fmt: skip
+    model = PixNerd(dataclasses.replace(TINY, hidden_size=64, num_heads=4, resolution=32, patch_size=8, field_width=16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(250):
@@ -128,16 +145,43 @@ def test_one_batch_is_overfitted():
     assert losses[-1] < losses[0] / 20, losses[-1]
 
 
-@pytest.mark.parametrize("choice", [["--field-norm", "none"], ["--field-norm", "first"], ["--field-norm", "both"],
-                                    ["--encoding", "sincos"], ["--decoder", "linear"], ["--field-depth", "3"],
-                                    ["--field-ratio", "3"], ["--depth", "2"],
-                                    ["--recompute", "all"], ["--augment"]], ids="=".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["--field-norm", "none"],
+        ["--field-norm", "first"],
+        ["--field-norm", "both"],
+        ["--encoding", "sincos"],
+        ["--decoder", "linear"],
+        ["--field-depth", "3"],
+        ["--field-ratio", "3"],
+        ["--depth", "2"],
+        ["--recompute", "all"],
+        ["--augment"],
+    ],
+    ids="=".join,
+)
 def test_each_of_the_papers_choices_trains_and_samples(tmp_path, monkeypatch, choice):
     out = tmp_path / "run"
     status, _, stderr = train(out, "--steps", 2, *choice)
     assert status == 0, stderr
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(out / "last.pt"), "--class", "flags", "--num", "1",
-                                      "--steps", "2", "--out", str(tmp_path / "x.png")])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sample.py",
+            "--ckpt",
+            str(out / "last.pt"),
+            "--class",
+            "flags",
+            "--num",
+            "1",
+            "--steps",
+            "2",
+            "--out",
+            str(tmp_path / "x.png"),
+        ],
+    )
     sample.main()
     assert Image.open(tmp_path / "x.png").size == (36, 36)
 
@@ -150,7 +194,7 @@ def test_the_average_keeps_no_graph(tmp_path, monkeypatch):
         averages.append([p for p in ema.parameters() if p.requires_grad or p.grad_fn])
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr(previews, "preview", look)
+    monkeypatch.setattr(previews, "preview", look)  # train.py is run anew, and imports this
     status, _, stderr = train(tmp_path / "run", "--steps", 2, "--preview-every", 1)
     assert status == 0, stderr
     assert averages == [[], []]
@@ -175,8 +219,10 @@ def test_metrics_previews_and_dry_run(tmp_path):
 
 def test_the_average_follows_the_weights(tmp_path):
     """EMA after a step = 0.9 EMA before + 0.1 weights after. Catches: an average that is never taken."""
-    after = [train(tmp_path / str(steps), "--steps", steps, "--ema", "0.9")[0] or last(tmp_path / str(steps))
-             for steps in (1, 2)]  # fmt: skip
+    after = [
+        train(tmp_path / str(steps), "--steps", steps, "--ema", "0.9")[0] or last(tmp_path / str(steps))
+        for steps in (1, 2)
+    ]
     for key, value in after[1]["ema"].items():
         torch.testing.assert_close(value, 0.9 * after[0]["ema"][key] + 0.1 * after[1]["model"][key])
     assert not torch.equal(after[0]["ema"]["decoder.output.bias"], after[0]["model"]["decoder.output.bias"])
@@ -206,7 +252,7 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-def test_row_20_stopped_and_resumed_equals_one_go(uninterrupted, tmp_path):
+def test_stopped_and_resumed_many_times_equals_one_go(uninterrupted, tmp_path):
     """Stopped by SIGTERM wherever it happens to be, and started again until it is through."""
     out, starts = tmp_path / "run", 0
     while not (out / "last.pt").exists() or last(out)["step"] < 8:
@@ -225,7 +271,7 @@ def test_row_20_stopped_and_resumed_equals_one_go(uninterrupted, tmp_path):
     assert steps == sorted(set(steps))
 
 
-def test_row_2_killed_anywhere_resumes_exactly(uninterrupted, tmp_path):
+def test_killed_while_training_resumes_exactly(uninterrupted, tmp_path):
     out = tmp_path / "run"
     process = start(out, "--steps", 8, "--save-every", 1)
     deadline = time.monotonic() + 60
@@ -238,7 +284,7 @@ def test_row_2_killed_anywhere_resumes_exactly(uninterrupted, tmp_path):
     assert_same_run(last(out), last(uninterrupted))
 
 
-def test_row_20_resumes_exactly_with_muon_too(tmp_path):
+def test_resumes_exactly_with_muon_too(tmp_path):
     """Its averages are in the checkpoint; and a run with the other optimizer is refused as another run."""
     assert train(tmp_path / "whole", "--optimizer", "muon", "--steps", 4)[0] == 0
     out = tmp_path / "parts"
@@ -250,7 +296,7 @@ def test_row_20_resumes_exactly_with_muon_too(tmp_path):
     assert "optimizer" in refuses(out, "--steps", 6)
 
 
-def test_row_19_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path):
+def test_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path):
     """Workers to the bit; micro-batches add gradients in another order, so to rounding."""
     out = tmp_path / "workers"
     assert train(out, "--steps", 5, "--workers", 2)[0] == 0
@@ -262,15 +308,7 @@ def test_row_19_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path
         torch.testing.assert_close(last(out)["model"][key], value, atol=1e-4, rtol=1e-3)
 
 
-def test_kept_crops_change_nothing(folder, tmp_path):
-    for name, flags in (("plain", ()), ("kept", ("--cache-crops", folder.parent / "crops"))):
-        assert train(tmp_path / name, "--steps", 5, "--data", folder, *flags)[0] == 0
-    assert_same_run(last(tmp_path / "plain"), last(tmp_path / "kept"))
-    assert train(tmp_path / "dry", "--data", folder, "--cache-crops", tmp_path / "dry", "--dry-run")[0] == 0
-    assert not (tmp_path / "dry").exists()
-
-
-def test_row_1_what_a_kill_after_the_last_save_left_undone_is_made_up_for(tmp_path):
+def test_what_a_kill_after_the_last_save_left_undone_is_made_up_for(tmp_path):
     """The second name of the checkpoint, and the preview. Catches: "nothing to do" beside a stale last.pt."""
     out, flags = tmp_path / "run", ("--preview-every", 2)
     for steps in (2, 4):
@@ -331,12 +369,12 @@ def test_epochs_are_steps_that_resuming_does_not_change(folder, tmp_path):
     assert "3 of 3 steps: nothing to do" in train(out, "--data", folder, "--epochs", 2)[1]
     assert train(out, "--data", folder, "--epochs", 3)[0] == 0
     assert last(out)["step"] == 5
-    assert "--epochs: 0 is not above 0 and finite" in refuses(out, "--epochs", 0)
-    assert "--epochs: not allowed with argument --steps" in refuses(out, "--steps", 3, "--epochs", 1)
+    assert "--epochs: 0 is not above 0" in refuses(out, "--epochs", 0)
+    assert "--epochs and --steps both say how long" in refuses(out, "--steps", 3, "--epochs", 1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_row_21_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path, optimizer):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path, optimizer):
     out = tmp_path / "run"
     assert train(out, "--optimizer", optimizer, "--steps", 2)[0] == 0
     message = refuses(out, "--optimizer", optimizer, "--steps", 9, "--lr", "1e38", "--log-every", 1)
@@ -345,26 +383,31 @@ def test_row_21_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_p
     assert all(value.isfinite().all() for value in last(out)["model"].values())
 
 
-def test_row_17_a_checkpoint_of_another_configuration_names_the_field(uninterrupted):
-    for flags, field, old, new in ((["--field-width", 4], "field_width", 8, 4), (["--seed", 5], "seed", 0, 5),
-                                   (["--batch-size", 8], "batch_size", 4, 8),
-                                   (["--resolution", 64], "resolution", 32, 64),
-                                   (["--field-norm", "both"], "field_norm", "'output'", "'both'"),
-                                   (["--patch-size", 8], "patch_size", 16, 8),
-                                   (["--hidden-size", 64], "hidden_size", 128, 64), (["--depth", 2], "depth", 8, 2),
-                                   (["--decoder", "linear"], "decoder", "'field'", "'linear'"),
-                                   (["--field-depth", 2], "field_depth", 1, 2),
-                                   (["--field-ratio", 2], "field_ratio", 1, 2),
-                                   (["--encoding", "sincos"], "encoding", "'dct'", "'sincos'"),
-                                   (["--num-freqs", 4], "num_freqs", 6, 4), (["--augment"], "augment", False, True),
-                                   (["--optimizer", "muon"], "optimizer", "'adamw'", "'muon'"),
-                                   (["--drop-label", 0.5], "drop_label", 0.1, 0.5),
-                                   (["--shift", 2], "shift", 1.0, 2.0)):  # fmt: skip
+def test_a_checkpoint_of_another_configuration_names_the_field(uninterrupted):
+    for flags, field, old, new in (
+        (["--field-width", 4], "field_width", 8, 4),
+        (["--seed", 5], "seed", 0, 5),
+        (["--batch-size", 8], "batch_size", 4, 8),
+        (["--resolution", 64], "resolution", 32, 64),
+        (["--field-norm", "both"], "field_norm", "'output'", "'both'"),
+        (["--patch-size", 8], "patch_size", 16, 8),
+        (["--hidden-size", 64], "hidden_size", 128, 64),
+        (["--depth", 2], "depth", 8, 2),
+        (["--decoder", "linear"], "decoder", "'field'", "'linear'"),
+        (["--field-depth", 2], "field_depth", 1, 2),
+        (["--field-ratio", 2], "field_ratio", 1, 2),
+        (["--encoding", "sincos"], "encoding", "'dct'", "'sincos'"),
+        (["--num-freqs", 4], "num_freqs", 6, 4),
+        (["--augment"], "augment", False, True),
+        (["--optimizer", "muon"], "optimizer", "'adamw'", "'muon'"),
+        (["--drop-label", 0.5], "drop_label", 0.1, 0.5),
+        (["--shift", 2], "shift", 1.0, 2.0),
+    ):
         message = refuses(uninterrupted, "--steps", 9, *flags)
         assert f"{field}={old}" in message and str(new) in message
 
 
-def test_row_29_changed_data_is_refused_unless_accepted(folder, tmp_path):
+def test_changed_data_is_refused_unless_accepted(folder, tmp_path):
     out, flags = tmp_path / "run", ("--data", folder)
     assert train(out, "--steps", 1, *flags)[0] == 0
     Image.new("RGB", (32, 32)).save(folder / "cat" / "more.png")
@@ -375,13 +418,13 @@ def test_row_29_changed_data_is_refused_unless_accepted(folder, tmp_path):
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def test_row_15_an_output_that_cannot_be_written_stops_before_training(tmp_path):
+def test_an_output_that_cannot_be_written_stops_before_training(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "cannot be written" in refuses(tmp_path / "file", "--steps", 1)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_row_22_class_folders_of_another_number_are_refused_before_step_1(folder, tmp_path):
+def test_class_folders_of_another_number_are_refused_before_step_1(folder, tmp_path):
     out = tmp_path / "run"
     assert train(out, "--steps", 1, "--data", folder)[0] == 0
     (folder / "eel").mkdir()
@@ -397,7 +440,7 @@ def test_row_22_class_folders_of_another_number_are_refused_before_step_1(folder
     assert "num_classes=2" in refuses(out, "--steps", 2, "--data", folder)
 
 
-def test_row_24_and_31_bad_data_sets_are_named(folder, tmp_path):
+def test_bad_data_sets_are_named(folder, tmp_path):
     out = tmp_path / "run"
     assert "nowhere" in refuses(out, "--data", tmp_path / "nowhere")
     assert "6 images per epoch, fewer than --batch-size 8" in refuses(out, "--data", folder, "--batch-size", 8)
@@ -406,31 +449,6 @@ def test_row_24_and_31_bad_data_sets_are_named(folder, tmp_path):
         assert "0.png" in refuses(out, "--data", folder, "--steps", 9, "--workers", workers)
     (folder / "empty").mkdir()
     assert "empty holds no" in refuses(out, "--data", folder)
-
-
-@pytest.mark.parametrize("flags", [
-    "--lr nan", "--lr -1", "--lr 0", "--weight-decay -1", "--clip -1", "--clip nan", "--warmup -1", "--workers -1",
-    "--seed 9223372036854775808", "--shift inf", "--shift nan", "--ema 1", "--drop-label nan", "--repa -1",
-    "--timeout 0", "--save-every -1", "--log-every -1", "--preview-every -2", "--eval-every -1", "--eval-every 9 --eval-num 1",
-    "--keep 0", "--micro-batch 0", "--batch-size 0", "--steps 0", "--dino x.pth", "--eval-ref x.npz",
-    "--inception x.pth", "--eval-every 5 --inception x.pth",
-])  # fmt: skip
-def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flags):
-    message = refuses(tmp_path / "run", *flags.split())
-    assert flags.split()[-2] in message and not (tmp_path / "run").exists()
-
-
-def test_the_demo_s_command_is_one_that_train_py_takes(tmp_path, monkeypatch, capsys):
-    """Word for word from the Makefile. Catches: a flag or a class that was renamed in one of the two."""
-    recipe, readme = ((ROOT / name).read_text().replace("\\\n", " ") for name in ("Makefile", "README.md"))
-    (line,) = [line for line in recipe.splitlines() if "train.py --" in line]
-    argv = line.split("train.py")[1].split()
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *argv, "--out", str(tmp_path / "run"), "--dry-run"])
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    shown = capsys.readouterr().out
-    names = argv[argv.index("--classes") + 1].split(",")
-    assert " ".join(["python train.py", *argv]) in " ".join(readme.split())
-    assert f"{len(names)} classes" in shown and not (tmp_path / "run").exists()
 
 
 def test_the_demo_learns_some_classes_with_a_small_teacher(tmp_path):
@@ -461,9 +479,6 @@ def test_classes_and_the_small_teacher_are_refused_where_they_mean_nothing(folde
         assert "'' is not a class" in refuses(new, "--classes", nothing)
     assert "in patches of 8 only, not emoji at 32 in patches of 16" in refuses(new, *teacher)
     assert "--dino emoji knows --data emoji" in refuses(new, *teacher, "--data", folder, "--patch-size", 8)
-    assert "not for --classes" in refuses(new, "--classes", "food", "--eval-every", 1)  # the distance is for all nine
-    assert "--classes" in refuses(new, "--classes", "food", "--eval-every", 1, "--eval-ref", "emoji")
-    assert "--classes" in refuses(new, "--classes", "cat", "--data", folder, "--cache-crops", tmp_path / "crops")
     message = refuses(new, "--classes", "cat", "--data", tmp_path / "elsewhere", "--dry-run")
     assert "planned only where the data are" in message
     assert not list(new.rglob("*.p*"))  # no checkpoint, no picture
@@ -479,7 +494,7 @@ def test_starting_from_other_classes_makes_their_embedding_anew(tmp_path):
         flags = ["--seed", 1, "--lr", 1e-12, "--init", source / "last.pt", "--classes", classes]
         status, text, stderr = train(out, "--steps", 1, *flags)
         assert status == 0, stderr
-        assert ("another order: made anew" in text) is not same
+        assert ("another order: a new one is trained" in text) is not same
         assert torch.allclose(last(out)["model"]["class_embed.weight"], embedding, atol=1e-6) is same
 
 
@@ -510,20 +525,21 @@ def test_impossible_flags_are_named(tmp_path):
     out = tmp_path / "run"
     assert "cut into patches of 5" in refuses(out, "--patch-size", 5)
     assert "--micro-batch 3" in refuses(out, "--micro-batch", 3)
-    assert "needs --data" in refuses(out, "--size", "XL")
     assert "--device nonsense" in refuses(out, "--device", "nonsense")
     assert "32 or 64, not 48" in refuses(out, "--resolution", 48)
-    assert "--data emoji" in refuses(out, "--cache-crops", tmp_path)
-    assert "with --augment" in refuses(out, "--cache-crops", tmp_path, "--data", tmp_path, "--augment")
     assert not list(out.glob("*.pt"))
 
 
 def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
     out = tmp_path / "run"
-    process = subprocess.run([sys.executable, *command(out, "--compile", "auto", "--steps", 1)],
-                             capture_output=True, text=True, timeout=120,
-                             env=os.environ | {"CXX": "/nonexistent/g++", "PATH": "/nonexistent",
-                                               "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, *command(out, "--compile", "auto", "--steps", 1)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ
+        | {"CXX": "/nonexistent/g++", "PATH": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("not compiling") == 1
     assert last(out)["step"] == 1
@@ -531,9 +547,25 @@ def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
 
 def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
     """Nano's shape and recipe, 60 steps of 16 images: measured 0.52 over the last 15, from 1.43 in the first."""
-    status, _, stderr = train(tmp_path / "run", "--patch-size", 8, "--field-width", 32, "--field-depth", 2,
-                              "--optimizer", "muon", "--lr", 1e-2, "--batch-size", 16, "--steps", 60,
-                              "--log-every", 15)  # fmt: skip
+    status, _, stderr = train(
+        tmp_path / "run",
+        "--patch-size",
+        8,
+        "--field-width",
+        32,
+        "--field-depth",
+        2,
+        "--optimizer",
+        "muon",
+        "--lr",
+        1e-2,
+        "--batch-size",
+        16,
+        "--steps",
+        60,
+        "--log-every",
+        15,
+    )
     assert status == 0, stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 1.2 < losses[0] < 2.0 and losses[-1] < 0.65, losses
@@ -550,11 +582,20 @@ def test_evaluation_while_training_logs_the_emoji_distance_and_fid(tmp_path):
 
     torch.manual_seed(0)
     torch.save(InceptionV3().state_dict(), tmp_path / "inception.pth")
-    np.savez(
-        tmp_path / "reference.npz", arr_0=np.random.RandomState(0).randint(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=np.random.RandomState(0).randint(0, 256, (6, 32, 32, 3), dtype=np.uint8))
+    status, _, stderr = train(
+        tmp_path / "fid",
+        "--steps",
+        1,
+        "--eval-every",
+        1,
+        "--eval-num",
+        6,
+        "--eval-ref",
+        tmp_path / "reference.npz",
+        "--inception",
+        tmp_path / "inception.pth",
     )
-    status, _, stderr = train(tmp_path / "fid", "--steps", 1, "--eval-every", 1, "--eval-num", 6, "--eval-ref",
-                              tmp_path / "reference.npz", "--inception", tmp_path / "inception.pth")  # fmt: skip
     assert status == 0, stderr
     scores = json.loads((tmp_path / "fid" / "metrics.jsonl").read_text().splitlines()[-1])
     assert scores["fid"] > 0 and scores["inception_score"] >= 1

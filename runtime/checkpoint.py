@@ -1,0 +1,213 @@
+"""Saving so that nothing is lost, and loading so that nothing wrong gets in.
+
+A checkpoint is one torch.save of a plain dict: "format", "config" (as a dict), "ema", and in training
+also "model", "optimizers", "step" and whatever runtime/run_folder.py needs to resume. Only tensors, numbers, strings,
+lists and dicts, so that torch.load(weights_only=True) reads it and no file can run code.
+
+    python -m runtime.checkpoint export runs/x/last.pt shared.pt [--half] [--reference]   # weights alone, for sharing
+
+Left out: sharded checkpoints. The largest preset with optimizer is 11 GB, one file that rank 0 writes.
+"""
+
+import argparse
+import dataclasses
+import os
+
+import torch
+
+from model import PixNerd, PixNerdConfig
+from pretrained.released import export_reference, import_reference
+from runtime.files import UserError, load_tensors, load_weights, run, whole_file
+from text_model import TextPixNerd, TextPixNerdConfig
+
+FORMAT = "pixnerd 1"
+MODELS = {PixNerdConfig: PixNerd, TextPixNerdConfig: TextPixNerd}
+
+
+def build_model(config):
+    """The model of a configuration, newly initialised: PixNerd(config) or TextPixNerd(config)."""
+    return MODELS[type(config)](config)
+
+
+class _Sink:
+    """A file for torch.save that remembers why writing failed.
+
+    torch.save's C++ writer turns "no space left on device" into an unrelated RuntimeError, and writing to memory
+    first would need a second copy of the state (11 GB for XL). So the first OSError is kept here, the rest of the
+    save runs into the void, and `save_checkpoint` raises the true error.
+    """
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self):
+        pass
+
+
+def save_checkpoint(path, state):
+    """Writes `state` (a dict of plain types and tensors) to `path`, whole or not at all.
+
+    Peak memory: the state and, for tensors on a GPU, one tensor's copy at a time. Raises OSError (no space, no
+    permission, ...), and `path` is as it was.
+    """
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        sink = _Sink(file)
+        torch.save(state, sink)
+        if sink.error:
+            raise sink.error
+
+
+def load_checkpoint(path, mmap=False):
+    """Reads a checkpoint written by `save_checkpoint` or released by the authors: runtime.files.load_tensors."""
+    return load_tensors(path, mmap)
+
+
+def load_model(path, weights="ema"):
+    """A PixNerd or TextPixNerd in eval mode, float32, on the CPU, from our checkpoints and from released ones alike.
+
+    weights: "ema" (what sampling uses) or "raw". Where the file has them, `model.class_names` are the names of the
+    classes and `model.class_counts` the numbers of their training pictures (else None). `null_features` of a released
+    text-to-image model are zeros: its file has none.
+    Raises FileNotFoundError and UserError.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights is {weights!r}; choose ema or raw")
+    missing = UserError(f"{path} has no {weights} weights; use --weights {'raw' if weights == 'ema' else 'ema'}")
+    state = load_checkpoint(path, mmap=True)
+    if "format" in state:
+        config = checked_config(state, path)
+        state_dict = state.get({"ema": "ema", "raw": "model"}[weights])
+        if state_dict is None:
+            raise missing
+    else:  # released: a PyTorch Lightning file, or its state dict alone
+        state_dict = state.get("state_dict", state)
+        if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+            raise UserError(f"{path} is not a PixNerd checkpoint (no table of named weights)")
+        prefix = {"ema": "ema_denoiser.", "raw": "denoiser."}[weights]
+        if any(key.startswith(("ema_denoiser.", "denoiser.")) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
+            if not state_dict:
+                raise missing
+        config, state_dict = import_reference(state_dict, path)
+    # The model is made without storage and takes the file's memory-mapped tensors as its parameters, so the weights
+    # exist once: reading a 6 GB file for its 2.8 GB of EMA needs 2.8 GB.
+    with torch.device("meta"):
+        model = build_model(config)
+    load_weights(model, state_dict, path, assign=True)
+    model.float()
+    classes = getattr(config, "num_classes", 0)
+    for name, kind in (("class_names", str), ("class_counts", int)):
+        values = state.get(name)
+        if values is not None and (type(values) is not list or [type(value) for value in values] != [kind] * classes):
+            raise UserError(f"{path} has {name} that do not fit its {classes} classes: it is damaged, or was edited")
+        setattr(model, name, values)
+    return model.eval()
+
+
+def checked_config(state, path):
+    """The PixNerdConfig or TextPixNerdConfig of a loaded checkpoint of ours, told apart by their fields.
+
+    UserError for another format or unknown fields.
+    """
+    if state.get("format") != FORMAT or not isinstance(state.get("config"), dict):
+        raise UserError(f"{path} has format {state.get('format')!r}; this version reads {FORMAT!r}")
+    kind = TextPixNerdConfig if "text_width" in state["config"] else PixNerdConfig
+    unknown = sorted(set(state["config"]) - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise UserError(f"{path} has configuration fields unknown to this version: {', '.join(unknown)}")
+    try:
+        return kind(**state["config"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}")
+
+
+def check_same(saved, wanted, path):
+    """UserError, naming the field and both values, unless two dicts of settings agree on what both have."""
+    for name in saved:
+        if name in wanted and saved[name] != wanted[name]:
+            raise UserError(
+                f"{path} was trained with {name}={saved[name]!r}, but this run asks for "
+                f"{wanted[name]!r}: use the same value, or another file or --out folder"
+            )
+
+
+def start_from(model, path, class_names):
+    """--init: gives `model` the EMA weights of a checkpoint, and says in words what was done.
+
+    Every setting of the configuration must be the same, but for those that are marked fine_tuning: another resolution
+    interpolates positions, and other classes (by number or, where the checkpoint has them, by name) get a new class
+    embedding, only that. A text model may learn other captions, of the same encoder. Raises UserError, with the flags
+    that fit, and FileNotFoundError.
+    """
+    source, classes = load_model(path), isinstance(model, PixNerd)
+    if type(source) is not type(model):
+        one, other = ("classes", "text") if classes else ("text", "classes")
+        raise UserError(f"{path} draws from {other}, and this run is to draw from {one}: use another file")
+    fixed = [field.name for field in dataclasses.fields(model.config) if not field.metadata["fine_tuning"]]
+    theirs = {name: getattr(source.config, name) for name in fixed}
+    try:
+        check_same(theirs, dataclasses.asdict(model.config), path)
+    except UserError as error:
+        flags = (f"--{name.replace('_', '-')} {value}" for name, value in theirs.items())
+        raise UserError(f"{error}; it was trained with {' '.join(flags)}")
+    weights, note = source.state_dict(), f"starting from {path}"
+    if classes and source.config.num_classes != model.config.num_classes:
+        note += (
+            f"; its class embedding was for {source.config.num_classes} classes, this run has "
+            f"{model.config.num_classes}: a new one is trained"
+        )
+    elif classes and source.class_names is not None and list(source.class_names) != list(class_names):
+        note += "; its class embedding was for other classes, or another order: a new one is trained"
+    if note.endswith("trained"):
+        weights["class_embed.weight"] = model.class_embed.weight
+    if not classes and not source.null_features.any():  # a released file has none
+        weights["null_features"] = model.null_features
+    load_weights(model, weights, path)
+    return note
+
+
+def main():
+    """The command line: `export`, which strips a checkpoint to its EMA weights and configuration."""
+    parser = argparse.ArgumentParser(description="Export a checkpoint's weights for sharing.")
+    parser.add_argument("action", choices=["export"])
+    parser.add_argument("source", help="a checkpoint, ours or released")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which of the two sets of weights")
+    parser.add_argument("--half", action="store_true", help="store float16: half the size, read back as float32")
+    parser.add_argument("--reference", action="store_true", help="use the released code's key names")
+    args = parser.parse_args()
+    model = load_model(args.source, args.weights)
+    dtype = torch.float16 if args.half else torch.float32
+    if args.reference:
+        named = export_reference(model)
+        state = {
+            "state_dict": {
+                f"{prefix}.{key}": tensor.to(dtype)
+                for key, tensor in named.items()
+                for prefix in ("denoiser", "ema_denoiser")
+            }
+        }
+    else:
+        state = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(model.config),
+            "class_names": model.class_names,
+            "class_counts": model.class_counts,
+            "ema": {key: tensor.to(dtype) for key, tensor in model.state_dict().items()},
+        }
+    save_checkpoint(args.target, state)
+    print(f"wrote {args.target}, {os.path.getsize(args.target) / 1e6:.1f} MB")
+    if args.reference and model.config.resolution != import_reference(named)[0].resolution:
+        print(f"the released format keeps no resolution: draw with --resolution {model.config.resolution}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""--class, --resolution and --upscale: from the words of a user to class indices, tokens and pixels."""
+
+import difflib
+import fractions
+import re
+
+from runtime.files import UserError
+from runtime.options import class_names
+
+
+def find_classes(text, names):
+    """The class indices that --class asks for, and a remark on each name that could mean something else: two lists.
+
+    text: items with commas between; a name that holds a comma stands alone or in double quotes. An item is a name as it
+    is, "all" or an index, or a name in other letters: the first of these that there is. Raises UserError, which lists
+    what there is.
+    """
+    found, remarks, lower = [], [], [name.lower() for name in names]
+    for item in [text] if text in names else class_names(text) or [text]:
+        index = int(item) if re.fullmatch("[0-9]{1,9}", item) else None
+        exact = [names.index(item)] if item in names else []
+        other = [*range(len(names))] if item == "all" else [index] if index in range(len(names)) else []
+        loose = [lower.index(item.lower())] if item.lower() in lower else []
+        if exact and other and exact != other:
+            instead = "every class" if item == "all" else f"index {index}, {names[index]}"
+            remarks.append(f"--class {item} is taken for the class of that name (index {exact[0]}), not for {instead}")
+        found += exact or other or loose
+        if not (exact or other or loose):
+            if re.fullmatch("-?[0-9]+", item):
+                raise UserError(f"--class {item} is out of range: this model knows 0 to {len(names) - 1}")
+            near = difflib.get_close_matches(item.lower(), lower, n=3, cutoff=0.5) or names[:10]
+            raise UserError(f"--class {item!r} is unknown; did you mean {', '.join(near)}?")
+    return found, remarks
+
+
+def pair(text, number):
+    """ "A" -> (A, A) and "AxB" -> (A, B), each read by `number`. ValueError for anything else."""
+    if len(text) > 20 or "e" in text.lower():  # 1e999999999 would be computed to its last digit
+        raise ValueError(f"{text} is too long")
+    first, *rest = [number(part) for part in text.lower().split("x")]
+    (second,) = rest or [first]
+    return first, second
+
+
+def find_size(config, resolution=None, upscale="1"):
+    """(height, width) in pixels, and (rows, columns) of tokens or None where patches have the trained size.
+
+    resolution: "N" or "HEIGHTxWIDTH", the pixels of patches as trained, which decide the number of tokens (default: as
+    trained). upscale: a factor, or "HEIGHTxWIDTH" factors, by which each patch grows (section 4.5). Raises UserError.
+    """
+    P = config.patch_size
+    try:
+        grid = config.token_grid(*pair(resolution or str(config.resolution), int))
+    except ValueError:
+        multiples = f"both multiples of {P}, the side of a patch"
+        raise UserError(f"--resolution {resolution} is not N or HEIGHTxWIDTH in pixels, {multiples}")
+    try:
+        patch = [P * factor for factor in pair(upscale, fractions.Fraction)]  # exact, and reads 5/4 too
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--upscale {upscale} is not a factor such as 1.5, nor HEIGHTxWIDTH factors such as 2x1.5")
+    if min(patch) <= 0 or any(side % 1 for side in patch):
+        sides = f"{float(patch[0]):g}x{float(patch[1]):g}: both sides must be whole, so use multiples of 1/{P}"
+        raise UserError(f"--upscale {upscale} makes patches of {P} pixels {sides}")
+    if patch != [P, P] and config.decoder == "linear":
+        raise UserError(f"--upscale {upscale} needs a neural field; this model's linear decoder has one patch size")
+    size = int(grid[0] * patch[0]), int(grid[1] * patch[1])
+    return size, grid if patch != [P, P] else None

@@ -1,0 +1,79 @@
+"""What eval_fid.py prints and writes with its numbers: those of the paper, settings, what makes them not comparable."""
+
+import json
+import sys
+
+import torch
+
+from pretrained.inception import SHA256_PREFIX
+from runtime.files import whole_file
+
+ENOUGH = 50_000  # samples behind published numbers
+PUBLISHED = {  # paper, ImageNet 256x256 after 160 epochs; FID, sFID, IS
+    "L/16 Euler-50": (2.64, 5.25, 297),
+    "XL/16 Euler-50": (2.29, 4.82, 303),
+    "XL/16 Adams2-50": (2.16, 4.93, 291),
+    "XL/16 Euler-100": (2.15, 4.55, 297),
+}
+
+
+def warnings_about(reference, samples, network):
+    """Lines on what a reader of the numbers must know about these Pictures and this network."""
+    if network.title != "FID":
+        return [
+            f"the {network.title} is not FID: compare it only with others of {samples.count} samples, drawn with "
+            "the same settings"
+        ]
+    warnings = []
+    if reference.size != samples.size:
+        (height, width), (rows, columns) = reference.size, samples.size
+        warnings.append(
+            f"the reference has {width}x{height} pixels, the samples {columns}x{rows}: blur counts as a difference"
+        )
+    if samples.count < ENOUGH:
+        warnings.append(f"{samples.count} samples: published numbers use 50,000; fewer make FID larger")
+    if samples.sorted_labels:
+        warnings.append("the samples are sorted by class (arr_1): that collapses the Inception Score; shuffle them")
+    if samples.stored:
+        warnings.append("FID and sFID use the statistics stored with the samples, not their pictures")
+    if not network.sha256.startswith(SHA256_PREFIX):
+        warnings.append(f"the weights are not the published file {SHA256_PREFIX}: nothing is comparable")
+    return warnings
+
+
+def settings_of(reference, samples, network, device, processes):
+    """What was compared by which network, as plain values for the JSON."""
+    return {
+        "reference_count": reference.count,
+        "reference_size": reference.size,
+        "reference_statistics": "stored" if reference.stored else "computed",
+        "samples_count": samples.count,
+        "samples_size": samples.size,
+        "weights_sha256": network.sha256,
+        "device": str(device),
+        "processes": processes,
+        "torch": torch.__version__,
+    }
+
+
+def write_report(path, metrics, settings, warnings, speed):
+    """Prints warnings and a table, and writes all of it as JSON. speed: pictures per second, files to features."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print_table(metrics)
+    print(f"\nfiles to features: {speed:.1f} pictures/s")
+    result = {"metrics": metrics, "settings": settings, "warnings": warnings, "pictures_per_second": speed}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2))
+    print(f"written to {path}")
+
+
+def print_table(metrics):
+    """The numbers; those that the paper has are shown beside its own."""
+    published = PUBLISHED if "FID" in metrics else {}
+    print(f"\n{'':15}{'this run':>10}" + "".join(f"{name:>17}" for name in published), end="")
+    print("   (paper, ImageNet 256)" if published else "   (not FID)")
+    for row, (name, value) in enumerate(metrics.items()):
+        # The paper's table has no precision and recall.
+        beside = [numbers[row] if row < len(numbers) else "-" for numbers in published.values()]
+        print(f"{name:15}{value:10.4f}" + "".join(f"{number:>17}" for number in beside))

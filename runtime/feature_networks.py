@@ -1,0 +1,37 @@
+"""The networks that eval_fid.py compares pictures by, and what is asked of one.
+
+network(images) takes uint8 (B, 3, H, W) on its device and returns, in float32 and without gradients,
+    pool     (B, D)            features of whole pictures: the distance is computed from these
+    spatial  (B, S) or None    features that have positions, for sFID
+    logits   (B, K)            of its classes
+and it has
+    .title           the name of its Frechet distance: "FID", "emoji distance"
+    .widths          (D, S or None)
+    .side            the only height and width in pixels that it takes; None: any
+    .least           the fewest pictures for a distance
+    .logits(pool)    the logits again, (B, K)
+    .sha256          of the file of weights
+All but the last two are attributes of the class too, so that much can be checked before any weights are loaded.
+"""
+
+from pretrained.emoji_classifier import EmojiClassifier, load_emoji_classifier
+from pretrained.inception import InceptionV3, load_inception
+from runtime.files import UserError
+
+NETWORKS = {"inception": (InceptionV3, load_inception), "emoji": (EmojiClassifier, load_emoji_classifier)}
+
+
+def open_network(features="inception", weights=None):
+    """The feature network of that name, on the CPU. weights: a file in place of the usual one. UserError, OSError."""
+    return NETWORKS[features][1](weights)
+
+
+def check_pictures(pictures, network):
+    """UserError for Pictures that the network's distance is not for. network: one, or its class."""
+    name, title, (height, width) = pictures.name, network.title, pictures.size
+    if pictures.count < network.least:
+        raise UserError(f"{name}: the {title} takes at least {network.least} pictures, not {pictures.count}")
+    if network.side and (height, width) != (network.side, network.side):
+        raise UserError(f"{name}: the {title} is for {network.side}x{network.side} pixels, not {width}x{height}")
+    if pictures.stored and len(pictures.stored["mu"]) != network.widths[0]:
+        raise UserError(f"{name} holds statistics of another network, not those of the {title}")

@@ -1,0 +1,33 @@
+"""Everything about files, and how a mistake of the user is told.
+
+errors         UserError, and run(main), which turns it into one line
+saving         whole files or none
+download       a file from the network, once
+images         one JPEG, PNG or WEBP file -> RGB
+weights        a file of weights, checked, into a module
+picture_index  which pictures a folder or a tar holds
+"""
+
+from runtime.files.download import cached_download
+from runtime.files.errors import UserError, run
+from runtime.files.images import cut_long_sides, read_image
+from runtime.files.picture_index import index_pictures, pictures_below, tar_members
+from runtime.files.saving import check_writable, damaged_record, sync_folder, whole_file
+from runtime.files.weights import load_tensors, load_weights
+
+__all__ = [
+    "UserError",
+    "cached_download",
+    "check_writable",
+    "cut_long_sides",
+    "damaged_record",
+    "index_pictures",
+    "load_tensors",
+    "load_weights",
+    "pictures_below",
+    "read_image",
+    "run",
+    "sync_folder",
+    "tar_members",
+    "whole_file",
+]

@@ -1,0 +1,69 @@
+"""One class for everything that the user can put right, and the one place that turns it into a line on the terminal."""
+
+import contextlib
+import os
+import pathlib
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """A mistake that the user can put right. One line: which file, flag or value, what is wrong, what to do."""
+
+
+def run(main):
+    """Runs the main() of a script. What the user can put right ends as "script.py: one line" and exit status 1.
+
+    So do a full disk, a full GPU, a killed loader worker, and another rank that is gone; a fault of ours keeps its
+    traceback.
+    """
+    script = pathlib.Path(sys.argv[0]).name
+    stdout, stderr = sys.stdout, sys.stderr
+    try:
+        sys.stdout, sys.stderr = _Output(stdout), _Output(stderr)
+        main()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  what is not told in one line is raised again
+        # At exit Python waits, for ever, for loader workers that something still refers to: drop all that main() held.
+        traceback.clear_frames(error.__traceback__)
+        line = _one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"{script}: {line}")
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = stdout, stderr
+
+
+def _one_line(error):
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was saved stays, and the same command resumes from there"
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: use fewer images at once (--batch-size, --micro-batch) or smaller ones"
+    if isinstance(error, dist.DistError) or "/gloo/" in str(error):  # the rank that failed shows the reason
+        return f"rank {os.environ.get('RANK', 0)} lost touch with another process: {line}"
+    if str(error).startswith("DataLoader worker"):
+        return line
+    line = line.split(".UserError: ", 1)[-1]  # from a loader worker it comes with a traceback in its text
+    return line if isinstance(error, (UserError, OSError)) else None
+
+
+class _Output:
+    """An output stream whose reader may leave, as in `train.py | head`: that ends the output and not the work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(BrokenPipeError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)

@@ -1,0 +1,63 @@
+"""Files that are whole or not there: the one place that writes and renames (but for download.py, whose parts stay)."""
+
+import contextlib
+import os
+import pathlib
+import zipfile
+
+from runtime.files.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """`with whole_file(path) as temporary`: what is written to `temporary` becomes `path` when the block ends.
+
+    Flushed to the disk and renamed, so that a crash or a power cut at any instant leaves the old file or the new one.
+    After an error the temporary file is gone and `path` is as it was. Folders are created. Raises OSError.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")  # keeps the ending, by which Pillow and numpy choose the format
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Makes a rename in `folder` survive a power cut: a file's name is stored in its folder, not in the file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(flag, path, is_folder=False):
+    """UserError, before anything is computed, where the file (or folder) that a flag names could not be written."""
+    path = pathlib.Path(path)
+    folder = path if is_folder else path.parent
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}): choose another place")
+    if path.is_dir() and not is_folder:
+        raise UserError(f"{flag} {path} is a folder: choose another name")
+
+
+def damaged_record(path):
+    """The name of a damaged record in a file of torch.save, or None. Raises what zipfile raises for no such file.
+
+    torch.load compares no checksum. And one flipped bit can turn a record into a folder, of which torch would read
+    nothing and return uninitialised memory.
+    """
+    with zipfile.ZipFile(path) as archive:
+        folders = (record.filename for record in archive.infolist() if record.external_attr & 0x10)
+        return next(folders, None) or archive.testzip()

@@ -1,0 +1,71 @@
+"""The training batches: which samples each rank gets, and the processes that prepare them ahead of time."""
+
+import os
+import time
+
+import torch
+
+from data import TrainingSamples
+from runtime.files import UserError
+from runtime.stopping import signals_blocked
+
+
+class BatchNumbers:
+    """The sample numbers of each micro-batch of one rank, from `step` to `steps`: what the loader fetches, in order."""
+
+    def __init__(self, step, steps, batch_size, micro_batch, rank=0, world=1):
+        self.step, self.steps, self.batch_size, self.micro_batch = step, steps, batch_size, micro_batch
+        self.share, self.rank = batch_size // world, rank
+        self.parts = self.share // micro_batch  # micro-batches in a step of one rank
+
+    def __len__(self):
+        return (self.steps - self.step) * self.parts
+
+    def __iter__(self):
+        for step in range(self.step, self.steps):
+            first = step * self.batch_size + self.rank * self.share
+            for start in range(first, first + self.share, self.micro_batch):
+                yield list(range(start, start + self.micro_batch))
+
+
+def micro_batch_size(batch_size, micro_batch, world):
+    """Images in one forward pass of a rank: all of its share of a step, unless --micro-batch says fewer. UserError."""
+    if batch_size % world:
+        raise UserError(f"--batch-size {batch_size} cannot be shared equally by {world} processes")
+    share = batch_size // world
+    if share % (micro_batch or share):
+        raise UserError(f"--micro-batch {micro_batch} does not divide the {share} images of a process")
+    return micro_batch or share
+
+
+def training_batches(dataset, numbers, seed, shift, workers, device):
+    """Yields the batches that `numbers` lists, on the device: image, y, noise, t, u (data.TrainingSamples).
+
+    workers: processes that prepare them ahead of time (0: this one; None: as many as pay). A killed worker is a
+    RuntimeError that names it.
+    """
+    if workers is None:
+        workers = 0 if dataset.in_memory else min(8, os.cpu_count() or 1)
+    loader = torch.utils.data.DataLoader(
+        TrainingSamples(dataset, seed, shift),
+        batch_sampler=numbers,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
+    with signals_blocked():  # workers inherit that: one that died of SIGTERM would take its rank along before the save
+        batches = iter(loader)
+    return _on_device(batches, device)
+
+
+def _on_device(batches, device):
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError:
+            # Of a killed worker, its broken connection is seen first; within this second torch's handler names it.
+            time.sleep(1)
+            raise
+        if batch is None:
+            return
+        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}

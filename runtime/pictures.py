@@ -1,0 +1,162 @@
+"""Pictures for people: grids with titles, films, and files that carry the settings they were drawn with."""
+
+import json
+import math
+import pathlib
+import re
+import sys
+
+import torch
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+from tqdm import tqdm
+
+from data import to_uint8
+from runtime.files import UserError, check_writable, whole_file
+
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, by the ending of their names
+# The longest side that a format, or Pillow's writer of it, can hold: pixels.
+SIDE_LIMITS = {".png": 2**29 - 2, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}
+GAP = 2  # white pixels around each image of a grid
+
+
+def is_picture(name):
+    """Whether a file of this name is one picture, by its ending; `--out` takes any other name for a folder."""
+    return pathlib.Path(name).suffix.lower() in FORMATS
+
+
+def grid_shape(count, columns=None):
+    """(rows, columns) of a grid of `count` images; without `columns`, about as many of both."""
+    columns = columns or min(count, max(1, round(count**0.5)))
+    return -(-count // columns), columns
+
+
+def check_outputs(out, gif=None, npz=None):
+    """UserError, before anything is computed, for files that cannot be written, or with an ending that is none of ours.
+
+    out: a picture or a folder; gif: a film; npz: in the place of pictures, so that `out` does not count.
+    """
+    for flag, name, ending in (("--npz", npz, ".npz"), ("--gif", gif, ".gif")):
+        if name:
+            if not name.lower().endswith(ending):
+                raise UserError(f"{flag} {name}: the name must end in {ending}")
+            check_writable(flag, name)
+    if not npz:
+        if pathlib.Path(out).suffix.lower() in set(Image.registered_extensions()) - set(FORMATS):
+            raise UserError(f"--out {out}: a picture's name must end in {', '.join(FORMATS)}; any other is a folder")
+        check_writable("--out", out, is_folder=not is_picture(out))
+
+
+def check_sides(out, gif, size, rows, num, panels=1):
+    """UserError, before anything is computed, for the grid of `save_all` where its file format cannot hold it.
+
+    out: its file; gif: of its film, which is twice as wide (or None); size: (height, width) of an image in pixels;
+    rows: classes, of `num` images each; panels: solvers.
+    """
+    rows, columns = (rows, num) if rows > 1 else grid_shape(num)
+    height, width = rows * (size[0] + GAP), panels * columns * (size[1] + GAP)
+    for path, side in ((out, max(height, width)), (gif or "", max(height, 2 * width))):
+        limit = SIDE_LIMITS.get(pathlib.Path(path).suffix.lower(), math.inf)
+        if side > limit:
+            raise UserError(
+                f"{path} would have a side of over {side} pixels, and its format ends at {limit}: "
+                "use fewer classes, a smaller --num, or a folder for --out"
+            )
+
+
+def picture_grid(images, columns=None, titles=None, headings=None):
+    """uint8 images (N, 3, H, W) -> one RGB picture, row by row, with 2 white pixels between; `titles` names the rows.
+
+    With `headings` the images are that many groups of equal number, one grid each, side by side under their headings.
+    """
+    font = ImageFont.load_default()
+    panels = len(headings or [""])
+    count, _, height, width = len(images) // panels, *images.shape[1:]
+    rows, columns = grid_shape(count, columns)
+    left = 8 + max(int(font.getlength(title)) for title in titles) if titles else 0
+    top = 14 if headings else 0
+    step = max([columns * (width + GAP), *(int(font.getlength(heading)) + 8 for heading in headings or [])])
+    sheet = Image.new("RGB", (left + panels * step + GAP, top + rows * (height + GAP) + GAP), "white")
+    write = ImageDraw.Draw(sheet).text
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        panel, place = divmod(i, count)
+        row, column = divmod(place, columns)
+        corner = left + GAP + panel * step + column * (width + GAP), top + GAP + row * (height + GAP)
+        sheet.paste(Image.fromarray(image), corner)
+    for row, title in enumerate(titles or []):
+        write((left - 4, top + GAP + row * (height + GAP) + height // 2), title, "black", font, anchor="rm")
+    for panel, heading in enumerate(headings or []):
+        write((left + GAP + panel * step, 8), heading, "black", font, anchor="lm")
+    return sheet
+
+
+def save_picture(path, picture, settings=None):
+    """PNG, JPEG or WEBP by the ending; `settings` go in as JSON: PNG's text "settings", or EXIF's UserComment."""
+    text, png, exif = json.dumps(settings), PngImagePlugin.PngInfo(), Image.Exif()
+    if settings is not None:
+        png.add_text("settings", text)
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + text.encode()
+    with whole_file(path) as temporary:
+        picture.save(temporary, quality=95, pnginfo=png, exif=exif)  # each format takes what it knows
+
+
+def save_singles(folder, images, names, settings=None):
+    """Images uint8 (N, 3, H, W) as PNG files of their own, named by number and `names` (N): "00007-tiger-cat.png".
+
+    Whatever a name holds, its file lies in `folder`, and the name of the file is short enough for a file system.
+    """
+    for i, (image, name) in enumerate(zip(images.permute(0, 2, 3, 1).cpu().numpy(), names, strict=True)):
+        plain = re.sub(r'[\s/\\:*?"<>|\x00-\x1f\x7f]', "-", name).encode(errors="ignore")[:200].decode(errors="ignore")
+        save_picture(pathlib.Path(folder) / f"{i:05d}-{plain}.png", Image.fromarray(image), settings)
+
+
+def save_gif(path, frames, milliseconds=80, hold=1500, settings=None):
+    """Pictures of one size -> an endless GIF, the last frame held for `hold` milliseconds; settings: its comment."""
+    palette = frames[-1].quantize(255)  # one palette for all frames, taken from the finished picture: no flicker
+    durations = [milliseconds] * (len(frames) - 1) + [hold]
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    how = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    with whole_file(path) as temporary:
+        frames[0].save(temporary, "GIF", comment=json.dumps(settings) if settings is not None else "", **how)
+
+
+def draw_all(draw, count, batch_size, solvers, steps, film=False):
+    """Draws `count` images by each solver in batches: a list of images uint8 (N, 3, H, W), and one of films, if wanted.
+
+    draw(numbers, watch, solver) draws a batch, uint8 (B, 3, H, W) on the CPU; watch: of samplers.generate. A film is a
+    list of its steps+1 frames, uint8 (2, N, 3, H, W): x_t, and the clean image predicted from it.
+    """
+    images, films = [], []
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    with tqdm(total=len(solvers) * len(batches) * steps, disable=not sys.stderr.isatty()) as bar:
+        for solver in solvers:
+            frames = [[] for _ in range(steps + 1)]
+
+            def watch(step, t, x_t, x, frames=frames):
+                bar.update(step > 0)
+                if film:
+                    frames[step].append(torch.stack([to_uint8(x_t), to_uint8(x)]).cpu())  # (2, B, 3, H, W)
+
+            images.append(torch.cat([draw(numbers, watch, solver) for numbers in batches]))  # (N, 3, H, W)
+            films += [[torch.cat(parts, dim=1) for parts in frames]] if film else []
+    return images, films
+
+
+def save_all(out, gif, images, films, titles, num, solvers, settings):
+    """Saves what `draw_all` returns: `out` is one grid or a folder of single pictures, `gif` (or None) the film.
+
+    titles: the names of the classes, of which there are `num` images each, in a row (one class alone: in a square).
+    solvers: their names, which head the panels where there are several; settings: kept in each file.
+    """
+    names = [title for title in titles for _ in range(num)]
+    columns, titles = (num, titles) if len(titles) > 1 else (None, None)
+    several = len(solvers) > 1
+    if is_picture(out):
+        grid = picture_grid(torch.cat(images), columns, titles, solvers if several else None)
+        save_picture(out, grid, settings)
+    else:
+        for solver, drawn in zip(solvers, images):
+            save_singles(out, drawn, [f"{name} {solver}" if several else name for name in names], settings)
+    if gif:
+        panels = [f"{solver}: {what}" for solver in solvers for what in ("x_t", "predicted")]
+        grids = (torch.cat(parts).flatten(0, 1) for parts in zip(*films))  # (panels*N, 3, H, W) of each time
+        save_gif(gif, [picture_grid(grid, columns, titles, panels) for grid in grids], settings=settings)

@@ -1,0 +1,203 @@
+"""The folder of a run: which checkpoint to resume, whether it is the same run, what is saved and pruned.
+
+In it: step-N.pt (N of eight digits; nothing else is ours to prune), last.pt (the newest of them by a second name),
+previews/, samples.png, metrics.jsonl.
+"""
+
+import dataclasses
+import fcntl
+import os
+import pathlib
+import re
+import shutil
+import socket
+
+import numpy as np
+
+from runtime.checkpoint import FORMAT, check_same, checked_config, load_checkpoint, load_weights, save_checkpoint
+from runtime.files import UserError, sync_folder, whole_file
+from runtime.some_classes import SomeClasses
+
+
+class RunFolder:
+    """The folder `path` (str) of a run of several processes, kept from others while it is in use.
+
+    Raises UserError if it cannot be written, or if another run is using it; the same on all ranks.
+    """
+
+    def __init__(self, path, processes, keep=2):
+        self.path, self.processes, self.keep = pathlib.Path(path), processes, keep
+        self.checkpoint = self.state = None
+        probe = self.path / f".writable-{processes.rank}"
+        try:
+            (self.path / "previews").mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be written ({error.strerror}): choose another folder")
+        if owner := processes.from_rank_0(self._lock() if processes.rank == 0 else None):
+            raise UserError(f"--out {path} is in use by {owner}: wait for its end, or choose another folder")
+
+    def _lock(self):
+        """Takes the folder for this process; who has it already, or None. The system lets go of it when we end."""
+        self.lock = open(self.path / ".lock", "a+")
+        try:
+            # Of POSIX's kind, which belongs to one process: loader workers do not inherit it and outlive it.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            return self.lock.read() or "another process"
+        except OSError:  # a file system without locks
+            return None
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.lock.flush()
+        return None
+
+    def find(self, identity, dataset, accept_changed_data=False, mmap=False):
+        """Elects the checkpoint to resume, if there is one, and makes sure that it is of this very run.
+
+        Returns the data set, its classes numbered as in the run so far. Rank 0 chooses, so that all ranks take the same
+        checkpoint even if another appears meanwhile. mmap: read the weights straight from the disk's cache, which the
+        processes of a machine share; for a GPU only, since on a CPU the optimizer would live in a file that is pruned
+        later. Raises UserError.
+        """
+        self.identity, self.fingerprint = identity, dataset.fingerprint
+        found = load_run(self.path, self.processes.say, mmap) if self.processes.rank == 0 else None
+        choice = self.processes.from_rank_0(found and str(found[0]))
+        if choice is None:
+            return dataset
+        path, state = found or (pathlib.Path(choice), load_checkpoint(choice, mmap))
+        checked_config(state, path)
+        if "identity" not in state or "optimizers" not in state:
+            raise UserError(f"{path} holds weights only, not a run: give it to --init, with another --out")
+        check_same(state["identity"], identity, path)
+        if state["fingerprint"] != self.fingerprint and not accept_changed_data:
+            raise UserError(
+                f"{path}: the pictures are not those of the run so far; restore them, or give --accept-changed-data"
+            )
+        self.checkpoint, self.state = path, state
+        return self._same_classes(dataset, list(state["class_names"]))
+
+    def _same_classes(self, dataset, names):
+        """The data set with class c called names[c], as the run knows it: renamed folders would change all meanings."""
+        if list(dataset.classes) == names:
+            return dataset
+        if sorted(dataset.classes) == sorted(names):
+            self.processes.say("the classes come in another order than in the run so far: numbered as there")
+            return SomeClasses(dataset, names)
+        new = ", ".join(sorted(set(dataset.classes) - set(names))[:3])
+        gone = ", ".join(sorted(set(names) - set(dataset.classes))[:3])
+        raise UserError(
+            f"{self.checkpoint} learned other classes: {gone} is not in the data, {new} is not in the run; "
+            "give the folders their old names, or start another run with --init and another --out"
+        )
+
+    def restore(self, student, ema, optimizers, weight_decay):
+        """Puts the elected checkpoint into the modules and optimizers; the step to go on from, 0 without one."""
+        if self.checkpoint is None:
+            return 0
+        path, state, self.state = self.checkpoint, self.state, None
+        load_weights(student.model, state["model"], path)
+        load_weights(ema, state["ema"], path)
+        if student.projector:
+            load_weights(student.projector, state["projector"], path)
+        for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(part)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = weight_decay  # this start's, as the learning rate
+        if self.processes.rank == 0:
+            tidy(path)
+        self.processes.say(f"resuming {path} at step {state['step']}")
+        return state["step"]
+
+    def save(self, step, student, ema, optimizers, dataset):
+        """Saves the run at `step`; all ranks go on once it is safe. Raises OSError."""
+        if self.processes.rank == 0:
+            state = {
+                "format": FORMAT,
+                "config": dataclasses.asdict(student.model.config),
+                "class_names": dataset.classes,
+                "class_counts": np.bincount(dataset.labels, minlength=len(dataset.classes)).tolist(),
+                "identity": self.identity,
+                "fingerprint": self.fingerprint,
+                "step": step,
+                "model": student.model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "projector": student.projector.state_dict() if student.projector else None,
+            }
+            save_run(self.path, state, self.keep)
+        self.processes.barrier()
+
+
+def save_run(folder, state, keep=2):
+    """Saves state as folder/step-N.pt, also called last.pt, then prunes to the newest `keep` (at least 2).
+
+    Old files go only after the new one is safe. Raises OSError.
+    """
+    path = pathlib.Path(folder) / f"step-{state['step']:08d}.pt"
+    save_checkpoint(path, state)
+    name_last(path)
+    left_over = path.parent.glob(".tmp-step-*.pt")
+    for old in [*run_checkpoints(folder)[max(2, keep) :], *left_over]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def name_last(path):
+    """Gives a run's checkpoint its second name, last.pt, if it does not have it.
+
+    It is a hard link, not a symbolic one, so copying or moving the folder cannot break it; where the file system has
+    no hard links it is a copy. Raises OSError.
+    """
+    last, link = path.with_name("last.pt"), path.with_name(".tmp-last.pt")
+    if last.exists() and last.samefile(path):
+        return
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        with whole_file(last) as temporary:
+            shutil.copyfile(path, temporary)
+        return
+    os.replace(link, last)
+    sync_folder(path.parent)
+
+
+def tidy(path):
+    """Tidies the folder of a run that was resumed from the checkpoint `path`. Raises OSError.
+
+    Newer files were passed over as damaged: they become step-N.damaged, or they would count among those to be kept and
+    push out a sound one. And last.pt is made what it was to be, if a kill came between a save and its second name.
+    """
+    for newer in run_checkpoints(path.parent):
+        if newer.name > path.name:  # true of all for "last.pt"
+            newer.rename(newer.with_suffix(".damaged"))
+    if path.name != "last.pt":
+        name_last(path)
+
+
+def run_checkpoints(folder):
+    """The step-N.pt files of a run's folder, N of eight digits, newest first."""
+    paths = pathlib.Path(folder).glob("step-*.pt")
+    return sorted((path for path in paths if re.fullmatch(r"step-[0-9]{8}\.pt", path.name)), reverse=True)
+
+
+def load_run(folder, warn=print, mmap=False):
+    """(path, state) of the newest sound checkpoint in a run's folder, or None where there is none yet.
+
+    A damaged one is passed over with a warning, for the one before it; last.pt comes last, for a folder that has only
+    that. All damaged is a UserError, never a silent restart from zero. mmap: as in `load_checkpoint`.
+    """
+    paths, last = run_checkpoints(folder), pathlib.Path(folder) / "last.pt"
+    if last.exists() and not any(last.samefile(path) for path in paths):
+        paths.append(last)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path, mmap)
+        except UserError as error:
+            warn(f"warning: {error}; trying the one before")
+    if paths:
+        raise UserError(f"all {len(paths)} checkpoints in {folder} are damaged: move them away to start anew")
+    return None

@@ -1,0 +1,51 @@
+"""What a run of sample.py costs, asked before it starts: whether it fits into memory, and whether compiling pays."""
+
+import torch
+
+from runtime.files import UserError
+from runtime.flops import forward_flops
+from runtime.machine import available_memory, will_compile
+
+# Operations from which --compile auto compiles. On CPUs, packed weights (machine.freeze) are faster in fp32 and nearly
+# as fast in bf16, where compiling saves a fiftieth of the time and costs 10 to 20 s: even at eight images of XL, 200
+# TFLOP. The compiler cannot read packed weights, so it is one or the other. Counted and not timed: the same command
+# does the same. On GPUs: 20,000 TFLOP.
+COMPILE_PAYS = {("cpu", "bf16"): 200e12, ("cpu", "fp32"): float("inf")}
+
+
+def check_memory(config, images, size, grid, device, kept=0, frames=0):
+    """UserError where a batch plainly does not fit: an estimate of its activations against the memory that is free.
+
+    images: in a batch; size: (height, width) in pixels; grid: (rows, columns) of tokens, None for those of `size`.
+    kept: finished pictures that are kept in the machine's memory, each with so many `frames` of a film, to be laid out.
+    """
+    rows, columns = grid or config.token_grid(*size)
+    tokens, pixels, D, Dp = rows * columns, size[0] * size[1], config.hidden_size, config.field_width
+    # Alive at once are a few tensors of 4D per token, or the generated weights and some 2Dp per pixel.
+    values = max(tokens * 8 * 4 * D, 4 * (tokens * 2 * config.field_ratio * Dp**2 + pixels * 2 * Dp))
+    batch = 2 * images * values * 4  # bytes: both halves of guidance, in float32
+    stored = kept * 3 * pixels * (3 + 4 * frames)  # bytes: drawn, joined, in the grid; a frame is a pair, twice
+    _compare(f"{images} images of {size[0]}x{size[1]}", batch, device, "--batch-size")
+    _compare("all the pictures together", stored + (batch if device.type == "cpu" else 0), torch.device("cpu"), "--num")
+
+
+def _compare(what, need, device, flag):
+    free = available_memory(device)
+    if free is not None and need > free:
+        raise UserError(
+            f"{what} need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+            f"use a smaller {flag}, --resolution or --upscale"
+        )
+
+
+def pick_compile(choice, config, size, grid, evaluations, precision, device, say):
+    """Whether to compile, for --compile auto, on or off. say(line): told why not, where compiling would have paid.
+
+    evaluations: images times velocities each, both halves of guidance counted; size and grid: as in check_memory.
+    UserError for "on" where nothing compiles.
+    """
+    rows, columns = grid or config.token_grid(*size)
+    flops = evaluations * forward_flops(config, rows * config.patch_size, columns * config.patch_size)
+    if choice == "auto" and flops < COMPILE_PAYS.get((device.type, precision), 20e15):
+        return False
+    return will_compile(choice, device, say)

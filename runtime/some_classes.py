@@ -1,0 +1,53 @@
+"""Some classes of a data set, or some of them more often than others (`train.py --classes flags,food-fruit:4`)."""
+
+import difflib
+
+import numpy as np
+
+from runtime.files import UserError
+
+
+class SomeClasses:
+    """Some classes of a data set, which become classes 0, 1, ... in the order of `names`.
+
+    "NAME:N" takes each picture of NAME N times per epoch (1 to 1,000). .summary: how many pictures of what that makes.
+    Raises UserError for a name that is not there, for pictures of two names, and for another N.
+    """
+
+    def __init__(self, dataset, names):
+        members, taken, kept, counts = dataset.members(), np.zeros(len(dataset), bool), [], []
+        self.dataset, self.classes, self.labels = dataset, [], []
+        self.in_memory, self.classifier = dataset.in_memory, dataset.classifier
+        for text in names:
+            name, colon, times = (text, "", "1") if text in members else text.rpartition(":")
+            if name not in members:
+                name = name or text
+                near = difflib.get_close_matches(name, members, 3, 0.5) or sorted(members)[:10]
+                raise UserError(f"--classes: {name!r} is not a class of the data; did you mean {', '.join(near)}?")
+            repeat = int(times) if times.isdecimal() and len(times) <= 4 else 0
+            if not 1 <= repeat <= 1000:
+                raise UserError(f"--classes: {text!r} should be {name}:N, N from 1 to 1000: how often in an epoch")
+            if taken[members[name]].any():
+                raise UserError(f"--classes: {text!r} has pictures of a name before it; leave one of the two out")
+            taken[members[name]] = True
+            kept.append(np.tile(members[name], repeat))
+            self.labels += [len(self.classes)] * len(kept[-1])
+            self.classes.append(name)
+            counts.append(f"{name} {len(members[name])}" + (f" x {repeat}" if repeat > 1 else ""))
+        self.kept = np.concatenate(kept)  # an array, which loader workers share
+        self.summary = f"{taken.sum()} pictures: {', '.join(counts)}"
+        self.fingerprint = f"{dataset.fingerprint}, of it in this order {', '.join(names)}"
+
+    def __len__(self):
+        return len(self.kept)
+
+    def __getitem__(self, i):
+        return self.picture(i), self.labels[i]
+
+    def picture(self, i, rng=None):
+        """The picture of the whole data set that is number i here."""
+        return self.dataset.picture(int(self.kept[i]), rng)
+
+    def members(self):
+        """Of the chosen classes."""
+        return {name: np.flatnonzero(np.equal(self.labels, c)) for c, name in enumerate(self.classes)}

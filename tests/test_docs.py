@@ -1,0 +1,136 @@
+"""README, docs/ and the Makefile: every test they name exists, every link leads somewhere, every command parses."""
+
+import argparse
+import ast
+import re
+import shlex
+
+import pytest
+from helpers import ROOT, run_script
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+from data import open_dataset
+from runtime.some_classes import SomeClasses
+
+PAGES = [ROOT / "README.md", ROOT / "assets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```[a-z]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def named_tests(page):
+    """[(file, name)] of a page's `test_file.py::test_name`; the name may end in `*`."""
+    return re.findall(r"(test_\w+\.py)::([\w*]+)", page.read_text())
+
+
+def existing_tests(file):
+    """The names of the tests in a file of tests/."""
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    return [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+
+
+def headings(text):
+    """The anchors that GitHub gives the headings of a page: lower case, no punctuation, hyphens for spaces."""
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def command_lines(text):
+    """The commands of a page that start python or torchrun: one string each, on one line, without their comments.
+
+    They stand in fenced blocks, where a backslash continues a line and a variable or srun may stand before them, or in
+    the text, between backticks.
+    """
+    blocks = [line for block in FENCED.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+    lines = [re.sub(r"^\s*(srun |[A-Z_]+=\S+ |\.venv/bin/)*", "", line) for line in blocks + spans]
+    return [re.sub(r"\s#.*", "", line).strip() for line in lines if re.match(r"(python|torchrun) ", line)]
+
+
+def makefile_commands():
+    """What the Makefile runs by the Python of its virtual environment, one string each."""
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    return re.findall(r"^\t(\$\(RUN\) \w+\.py .*)$", text, re.MULTILINE)
+
+
+COMMANDS = sorted({line for page in PAGES for line in command_lines(page.read_text())}) + makefile_commands()
+
+
+class Parsed(BaseException):
+    """Raised in the place of all that a script does after reading its flags."""
+
+
+def parse_and_stop(parser, *args, plain=argparse.ArgumentParser.parse_args):
+    plain(parser, *args)
+    raise Parsed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_test_that_a_page_names_exists(page):
+    """Catches: a promise whose test was renamed or removed."""
+    for file, name in named_tests(page):
+        assert (ROOT / "tests" / file).exists(), f"{page.name} names {file}"
+        found = existing_tests(file)
+        assert any(test.startswith(name[:-1]) if name[-1] == "*" else test == name for test in found), (
+            f"{page.name} names {file}::{name}"
+        )
+
+
+def test_every_promise_and_every_equation_names_a_test():
+    """Catches: a promise that is only a sentence."""
+    promises = re.split(r"^- ", (ROOT / "docs" / "promises.md").read_text().split("\n## ", 1)[1], flags=re.MULTILINE)
+    assert len(promises) > 40
+    for promise in promises[1:]:
+        assert "::test_" in promise, f"no test proves: {promise}"
+    rows = re.findall(r"^\| (?:\d+|section 4.5): .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 13 and all("::test_" in row for row in rows)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if not re.match(r"https?://", link):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name} links to {link}"
+            assert not anchor or anchor in headings(target.read_text()), f"{page.name} links to {link}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def test_commands_are_found_in_blocks_and_in_the_text():
+    """Catches: a pattern that finds no command, so that none is checked."""
+    page = (
+        "Say `python a.py\n--x 1`.\n```\nsrun torchrun --nnodes 2 \\\n  b.py --y  # why\n$ ls\nN=1 python -m c.d\n```\n"
+    )
+    assert command_lines(page) == ["torchrun --nnodes 2    b.py --y", "python -m c.d", "python a.py --x 1"]
+    assert len(COMMANDS) > 20 and len(makefile_commands()) == 1
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_names_a_script_and_flags_that_it_has(line, monkeypatch):
+    """The script's own parser reads them, and torchrun's parser those of torchrun. Catches: flags that are gone."""
+    words = shlex.split(re.sub(r"\$\([^()]*\)", "X", line))  # what the shell would put in the place of $(...)
+    if words[0] == "torchrun":
+        launch = torchrun_parser().parse_args(words[1:])
+        script, flags = launch.training_script, [word for word in launch.training_script_args if word != "--"]
+    elif words[1] == "-m":
+        script, flags = words[2].replace(".", "/") + ".py", words[3:]
+    else:
+        script, flags = words[1], words[2:]
+    assert (ROOT / script).is_file(), f"no script for: {line}"
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    try:
+        status, _, stderr = run_script(script, *flags)
+    except Parsed:
+        return
+    pytest.fail(f"{line}\nended with status {status}: {stderr}")
+
+
+def test_the_classes_of_make_demo_are_known_to_the_data():
+    words = shlex.split(makefile_commands()[0])
+    names = words[words.index("--classes") + 1].split(",")
+    chosen = SomeClasses(open_dataset("emoji", 32), names)
+    assert chosen.classes == [name.rpartition(":")[0] or name for name in names]

@@ -1,0 +1,114 @@
+"""The flags of train.py: recipes, ranges, what makes a run another run, and where ImageNet is looked for."""
+
+import dataclasses
+import re
+
+import pytest
+from helpers import refuses
+
+from model import PRESETS, PixNerdConfig
+from runtime.options import OPTIONS, class_names, identity, parse_args
+
+
+def test_every_setting_of_the_model_is_a_flag_and_part_of_the_run():
+    """From the fields of the configuration. Catches: a new field that cannot be chosen, or that resuming overlooks."""
+    for field in dataclasses.fields(PixNerdConfig):
+        if field.name == "num_classes":  # the data decide
+            continue
+        choices = field.metadata["choices"]
+        value = (
+            next(c for c in choices if c != getattr(PRESETS["Nano"], field.name))
+            if choices
+            else 2 * getattr(PRESETS["Nano"], field.name)
+        )
+        args = parse_args([f"--{field.name.replace('_', '-')}", str(value)])
+        assert getattr(args.config, field.name) == value
+        assert identity(args, args.config)[field.name] == value != identity(parse_args([]), PRESETS["Nano"])[field.name]
+
+
+def test_what_makes_a_run_another_run_is_marked_in_the_table():
+    """As the runs so far have it in their checkpoints: what changes the samples, the loss or the optimizer's state."""
+    marked = {option.name for option in OPTIONS if option.same_run}
+    assert marked == {
+        *("classes", "augment", "batch-size", "optimizer", "drop-label", "shift", "repa", "repa-block", "seed")
+    }
+    args = parse_args(["--repa", "0.5", "--dino", "emoji", "--classes", "food, flags"])
+    found = identity(args, args.config)
+    assert found["dino"] == "emoji" and found["classes"] == ["food", "flags"] and found["batch_size"] == 64
+
+
+def test_flags_that_are_left_out_take_the_recipe_of_the_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGENET", str(tmp_path))
+    nano, xl = parse_args([]), parse_args(["--size", "XL"])
+    assert (nano.optimizer, nano.lr, nano.steps, nano.ema, nano.data) == ("muon", 1e-2, 1450, 0.99, "emoji")
+    assert (xl.optimizer, xl.lr, xl.steps, xl.ema, xl.batch_size) == ("adamw", 1e-4, 800_000, 0.9999, 256)
+    assert parse_args(["--log-every", "0"]).log_every == 0  # zero is a value, not a flag left out
+
+
+def test_imagenet_is_the_folder_of_the_variable_or_the_one_beside_us(tmp_path, monkeypatch):
+    """`torchrun train.py --size XL` as typed; where there is neither, one line has both remedies."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET", raising=False)
+    line = refuses(tmp_path / "run", "--size", "XL")
+    assert "imagenet/train is not here" in line and "--data FOLDER" in line and "IMAGENET" in line
+    (tmp_path / "imagenet" / "train").mkdir(parents=True)
+    assert parse_args(["--size", "L"]).data == "imagenet/train"
+    monkeypatch.setenv("IMAGENET", str(tmp_path / "imagenet"))
+    assert parse_args(["--size", "L"]).data == str(tmp_path / "imagenet")
+    assert parse_args(["--size", "L", "--data", "emoji"]).data == "emoji"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lr nan",
+        "--lr -1",
+        "--lr 0",
+        "--weight-decay -1",
+        "--clip -1",
+        "--clip nan",
+        "--warmup -1",
+        "--workers -1",
+        "--seed 9223372036854775808",
+        "--shift inf",
+        "--shift nan",
+        "--ema 1",
+        "--drop-label nan",
+        "--repa -1",
+        "--timeout 0",
+        "--timeout 1e15",
+        "--epochs 1e308",
+        "--epochs 0",
+        "--save-every -1",
+        "--log-every -1",
+        "--preview-every -2",
+        "--eval-every -1",
+        "--eval-every 9 --eval-num 1",
+        "--keep 0",
+        "--micro-batch 0",
+        "--depth 0",
+        "--batch-size 0",
+        "--steps 0",
+        "--steps 99999999999999999999",
+        "--dino x.pth",
+        "--eval-ref x.npz",
+        "--inception x.pth",
+        "--eval-every 5 --inception x.pth",
+        "--patch-size 99999999999999999999999",
+    ],
+)
+def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flags):
+    message = refuses(tmp_path / "run", *flags.split())
+    assert flags.split()[-2] in message and not (tmp_path / "run").exists()
+
+
+def test_help_names_the_default_of_each_recipe(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "learning rate (Nano: 0.01, others: 0.0001)" in text and "--field-norm {none,first,both,output}" in text
+
+
+def test_names_of_classes_are_separated_by_commas():
+    assert class_names(None) is None and class_names("food-fruit:4, sky & weather") == ["food-fruit:4", "sky & weather"]
+    assert class_names('"salt, pepper":2,oil') == ["salt, pepper:2", "oil"]

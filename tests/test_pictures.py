@@ -1,0 +1,168 @@
+"""Pictures for people: grids and films whose every pixel is where it belongs, and files that are whole or not there."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from runtime.files import UserError
+from runtime.pictures import (
+    check_outputs,
+    check_sides,
+    draw_all,
+    picture_grid,
+    save_all,
+    save_gif,
+    save_picture,
+    save_singles,
+)
+
+
+def gray_levels(count):
+    """Images of one gray level each, 0, 10, 20, ...: uint8 (count, 3, 4, 6)."""
+    return 10 * torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1).expand(count, 3, 4, 6)
+
+
+def test_grid_places_pictures_row_by_row():
+    images = gray_levels(5)
+    sheet = np.asarray(picture_grid(images, columns=2))
+    assert sheet.shape == (3 * 6 + 2, 2 * 8 + 2, 3)
+    for i in range(5):
+        assert (sheet[2 + i // 2 * 6 :][:4, 2 + i % 2 * 8 :][:, :6] == 10 * i).all()
+    assert picture_grid(images, 2, ["a", "long name", "c"]).width > sheet.shape[1]
+
+
+def test_grid_places_groups_side_by_side_under_their_headings():
+    """Catches groups cut in the wrong places, and headings that run into the next panel."""
+    sheet = np.asarray(picture_grid(gray_levels(13)[1:], 2, headings=["one", "a much longer heading", "x"])).astype(int)
+    step = (sheet.shape[1] - 2) // 3
+    assert sheet.shape == (14 + 2 * 6 + 2, 3 * step + 2, 3) and step > 2 * 8
+    for i in range(12):
+        panel, row, column = i // 4, i % 4 // 2, i % 2
+        assert (sheet[16 + row * 6 :][:4, 2 + panel * step + column * 8 :][:, :6] == 10 * (i + 1)).all()
+        assert sheet[:14, 2 + panel * step :][:, :step].min() < 128  # its heading ...
+        assert (sheet[:14, panel * step + step - 4 : panel * step + step] == 255).all()  # ... ends before the next
+
+
+def test_gif_plays_every_frame_and_ends_on_the_picture(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 100, 200)]
+    frames[2].putpixel((0, 0), (0, 90, 0))
+    save_gif(tmp_path / "film.gif", frames, settings={"steps": 2})
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 3 and json.loads(film.info["comment"]) == {"steps": 2}
+        film.seek(2)
+        assert film.convert("RGB").getpixel((4, 4)) == (200, 0, 0)
+    assert os.listdir(tmp_path) == ["film.gif"]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_settings_can_be_read_back_from_a_picture(tmp_path, ending):
+    path, settings = tmp_path / f"x.{ending}", {"seed": 17, "classes": "c"}
+    save_picture(path, Image.new("RGB", (8, 8)), settings)
+    with Image.open(path) as image:
+        assert image.format == {"jpg": "JPEG"}.get(ending, ending.upper())
+        if ending == "png":
+            text = image.text["settings"]
+        else:
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+            text = comment.removeprefix(b"ASCII\0\0\0").decode()
+    assert json.loads(text) == settings
+
+
+def test_single_pictures_stay_in_their_folder_whatever_the_names(tmp_path):
+    """Names come from checkpoints, which may be anybody's. Catches: a path out of the folder, or a name too long."""
+    names = ["tiger cat", "../../up", "/root", "a\\b\0c\nd", "long" * 100, "\U0001f34e" * 200, "..", ""]
+    save_singles(tmp_path / "singles", gray_levels(len(names)), names, {"seed": 1})
+    assert os.listdir(tmp_path) == ["singles"]
+    files = sorted(path for path in (tmp_path / "singles").iterdir())
+    assert len(files) == len(names) and files[0].name == "00000-tiger-cat.png"
+    assert [np.asarray(Image.open(path))[0, 0, 0] for path in files] == [10 * i for i in range(len(names))]
+
+
+def test_all_images_are_drawn_in_batches_by_each_solver_and_filmed():
+    """Catches: a lost short last batch, a film of one solver that continues in the next, frames in another order."""
+    asked = []
+
+    def draw(numbers, watch, solver):
+        asked.append((solver, list(numbers)))
+        x = torch.tensor([float(number) for number in numbers]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 10
+        for step in range(3):
+            watch(step, step / 2, x * step / 2, x)
+        return torch.full((len(numbers), 3, 2, 2), len(asked), dtype=torch.uint8)
+
+    images, films = draw_all(draw, 5, 2, ["a", "b"], 2, film=True)
+    assert asked == [(solver, numbers) for solver in "ab" for numbers in ([0, 1], [2, 3], [4])]
+    assert [image[:, 0, 0, 0].tolist() for image in images] == [[1, 1, 2, 2, 3], [4, 4, 5, 5, 6]]
+    assert len(films) == 2 and [len(film) for film in films] == [3, 3]
+    for film in films:
+        for step, frame in enumerate(film):
+            assert frame.shape == (2, 5, 3, 2, 2)
+            x = torch.arange(5) / 10
+            assert frame[0, :, 0, 0, 0].tolist() == [int((v * step / 2 + 1) * 127.5 + 0.5) for v in x.tolist()]
+            assert frame[1, :, 0, 0, 0].tolist() == [int((v + 1) * 127.5 + 0.5) for v in x.tolist()]
+    assert draw_all(draw, 1, 9, ["a"], 2)[1] == []  # no film, no memory for it
+
+
+def test_rows_are_classes_and_one_class_alone_is_a_square(tmp_path):
+    images = gray_levels(4)
+    save_all(tmp_path / "two.png", None, [images], [], ["a", "b"], 2, ["euler"], {})
+    save_all(tmp_path / "one.png", None, [images], [], ["a"], 4, ["euler"], {})
+    two, one = (np.asarray(Image.open(tmp_path / name)) for name in ("two.png", "one.png"))
+    assert one.shape == (2 * 6 + 2, 2 * 8 + 2, 3) and np.array_equal(two[:, -18:], one)  # "a", "b" stand to the left
+
+
+# ---- what cannot be written is found first ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag,name,reason",
+    [
+        ("out", "file/x.png", "cannot be written"),
+        ("out", "file", "cannot be written"),
+        ("gif", "file/x.gif", "cannot be written"),
+        ("npz", "file/x.npz", "cannot be written"),
+        ("out", "folder.png", "is a folder"),
+        ("npz", "folder.npz", "is a folder"),
+        ("out", "x.bmp", "name must end in .png"),
+        ("gif", "film.mp4", "must end in .gif"),
+        ("npz", "x.png", "must end in .npz"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_by_flag(tmp_path, flag, name, reason):
+    (tmp_path / "file").write_text("in the way")
+    for folder in ("folder.png", "folder.npz"):
+        (tmp_path / folder).mkdir()
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=f"--{flag} {tmp_path / name}.*{reason}"):
+        check_outputs(**{"out": str(tmp_path / "x.png"), flag: str(tmp_path / name)})
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_grids_that_a_format_cannot_hold_are_refused():
+    check_sides("x.png", None, (16, 16), 3, 2800)
+    check_sides("x.webp", "x.gif", (16, 16), 3, 900)
+    check_sides("x.webp", None, (16, 16), 1, 2800)  # one class alone is drawn as a square
+    for out, gif, limit in (("x.webp", None, 16383), ("x.jpg", None, 65500), ("x.png", "x.gif", 65535)):
+        with pytest.raises(UserError, match=f"its format ends at {limit}"):
+            check_sides(out, gif, (16, 16), 3, 3700 if out != "x.webp" else 920)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["key", "disk"])
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.gif"])
+def test_a_picture_whose_writing_fails_leaves_the_old_file(tmp_path, monkeypatch, name, error):
+    """Half of the bytes are written when it happens. Catches: writing under the final name, and left-over halves."""
+
+    def fail(self, path, *rest, **more):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise error
+
+    (tmp_path / name).write_text("before")
+    picture = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(type(error)):
+        save_gif(tmp_path / name, [picture]) if name == "x.gif" else save_picture(tmp_path / name, picture)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "before"

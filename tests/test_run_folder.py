@@ -1,0 +1,93 @@
+"""A run's folder: one run at a time, the same run or none, no foreign files, and the newest checkpoint by two names."""
+
+import os
+import subprocess
+import sys
+
+from helpers import ROOT, last, make_class_folder, refuses, run_state, train
+
+from runtime.checkpoint import load_checkpoint
+from runtime.run_folder import load_run, name_last, save_run
+
+
+def test_a_second_process_on_the_same_folder_is_told_who_has_it(tmp_path):
+    """While the first one lives, and no longer. Catches: steps logged twice, and one pruning the other's files."""
+    hold = (
+        "import sys, runtime.run_folder as r, runtime.distributed as d\nf = r.RunFolder(sys.argv[1], d.Processes())\n"
+    )
+    first = [sys.executable, "-c", hold + "print('ready', flush=True); sys.stdin.read()", str(tmp_path / "run")]
+    with subprocess.Popen(first, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        line = refuses(tmp_path / "run", "--steps", 1)
+        assert f"is in use by process {process.pid} on " in line
+        process.stdin.close()
+    assert train(tmp_path / "run", "--steps", 1)[0] == 0
+
+
+def test_only_step_and_eight_digits_is_ours(tmp_path):
+    """A copy of the user's is neither pruned nor taken for the newest checkpoint."""
+    save_run(tmp_path, run_state(10))
+    for name in ("step-00000010-good.pt", "step-best.pt", "step-99.pt"):
+        (tmp_path / name).write_bytes(b"the user's own")
+    for step in (20, 30):
+        save_run(tmp_path, run_state(step))
+    assert load_run(tmp_path)[1]["step"] == 30
+    assert sorted(os.listdir(tmp_path)) == [
+        *("last.pt", "step-00000010-good.pt", "step-00000020.pt", "step-00000030.pt", "step-99.pt", "step-best.pt")
+    ]
+
+
+def test_last_pt_is_the_newest_also_without_hard_links_and_with_the_clock_set_back(tmp_path, monkeypatch):
+    """As on some network drives. Catches: a copy that is kept because its time looks newer."""
+
+    def no_links(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_run(tmp_path, run_state(10))
+    os.utime(tmp_path / "last.pt", (4e9, 4e9))  # in the future, as after the clock was set back
+    save_run(tmp_path, run_state(20))
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 20
+    os.utime(tmp_path / "last.pt", (4e9, 4e9))
+    name_last(tmp_path / "step-00000010.pt")
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 10
+
+
+def test_renamed_classes_are_refused_even_where_changed_data_are_accepted(tmp_path):
+    """apple, bird, cat become bird, cat, zebra: every class number would mean something else."""
+    out, data = tmp_path / "run", make_class_folder(tmp_path / "data", (("apple", 2), ("bird", 2), ("cat", 2)))
+    assert train(out, "--steps", 1, "--data", data)[0] == 0
+    (data / "apple").rename(data / "zebra")
+    line = refuses(out, "--steps", 2, "--data", data, "--accept-changed-data")
+    assert "apple is not in the data, zebra is not in the run" in line
+    assert last(out)["step"] == 1
+
+
+def test_the_same_classes_in_another_order_are_numbered_as_in_the_run(tmp_path):
+    """A checkpoint whose classes are not sorted, as of another version. Catches: labels of the wrong class."""
+    from data import open_dataset
+    from runtime.checkpoint import save_checkpoint
+
+    out, data = tmp_path / "run", make_class_folder(tmp_path / "data", (("apple", 2), ("bird", 2), ("cat", 2)))
+    assert train(out, "--steps", 1, "--data", data)[0] == 0
+    for name in ("last.pt", "step-00000001.pt"):
+        save_checkpoint(out / name, last(out) | {"class_names": ["cat", "apple", "bird"]})
+    status, stdout, stderr = train(out, "--steps", 2, "--data", data)
+    assert status == 0 and "another order than in the run so far: numbered as there" in stdout, stderr
+    assert last(out)["class_names"] == ["cat", "apple", "bird"] and last(out)["class_counts"] == [2, 2, 2]
+    assert open_dataset(data, 32).classes == ["apple", "bird", "cat"]
+
+
+def test_the_final_evaluation_and_preview_are_made_up_for_after_a_kill(tmp_path):
+    """Killed between the last save and them, the same command draws and judges. Catches: "nothing to do" without it."""
+    out, flags = tmp_path / "run", ("--steps", 2, "--preview-every", 2, "--eval-every", 2, "--eval-num", 128)
+    assert train(out, *flags)[0] == 0
+    metrics, picture = out / "metrics.jsonl", out / "previews" / "step-00000002.png"
+    whole, drawn = metrics.read_text(), picture.read_bytes()
+    assert "emoji_distance" in whole.splitlines()[-1]
+    metrics.write_text("".join(whole.splitlines(True)[:-1]))
+    picture.unlink()
+    for _ in range(2):  # the second time there is nothing left to make up for
+        status, stdout, stderr = train(out, *flags)
+        assert status == 0 and "nothing to do" in stdout, stderr
+        assert metrics.read_text() == whole and picture.read_bytes() == drawn
