@@ -313,3 +313,11 @@ run(main)
     process.stdin.close()  # now it goes on
     stderr = process.stderr.read()
     assert (process.wait(60), stderr) == (0, "") and (tmp_path / "end").read_text() == "done"
+
+
+def test_the_transparent_gray_of_a_16_bit_png_becomes_white(tmp_path):
+    """As that of 8 bits does. Catches: the one gray that a PNG declares transparent staying black."""
+    for dtype, clear in ((np.uint8, 0), (np.uint16, 0)):
+        pixels = np.array([[0, 0, 200 * (257 if dtype == np.uint16 else 1)]], dtype)
+        Image.fromarray(pixels).save(tmp_path / "x.png", transparency=clear)
+        assert np.asarray(read_image(tmp_path / "x.png")).tolist() == [[[255] * 3, [255] * 3, [200] * 3]], dtype

@@ -27,7 +27,11 @@ def read_image(path, content=None):
             raise Image.DecompressionBombError
         image.load()
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8))
+            gray, clear = (
+                np.asarray(image).astype(np.uint32),
+                image.info.get("transparency", -1),
+            )  # a gray that is clear
+            image = Image.fromarray(np.where(gray == clear, 255, (gray // 257).clip(0, 255)).astype(np.uint8))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
