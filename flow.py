@@ -61,7 +61,11 @@ def shift_time(t, shift):
 
 
 def sample_time(n, shift=1.0, generator=None):
-    """n training times: sigmoid of a standard normal, then `shift_time`. Dense in the middle of (0, 1). Shape (n)."""
+    """n training times: sigmoid of a standard normal (logit-normal), then `shift_time`. Shape (n), in (0, 1).
+
+    Dense in the middle, where the velocity is hardest to tell: near t = 0 the mean of the data is a good guess at the
+    image, near t = 1 the image is in plain sight.
+    """
     return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
 
 

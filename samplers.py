@@ -43,9 +43,8 @@ def guide(model, y, scale, interval=(0.1, 1.0), **options):
         if scale == 1 or not low < t < high:
             return model(x, times, y, **options)  # (B, C, H, W)
         # One batch of 2B is faster than two of B: each weight is read once.
-        v_null, v_y = model(torch.cat([x, x]), torch.cat([times, times]), null_and_y, **options).chunk(
-            2
-        )  # (B, C, H, W)
+        both = model(torch.cat([x, x]), torch.cat([times, times]), null_and_y, **options)  # (2B, C, H, W)
+        v_null, v_y = both.chunk(2)  # (B, C, H, W) each
         return v_null + scale * (v_y - v_null)  # (B, C, H, W)
 
     return velocity

@@ -200,7 +200,9 @@ def main():
     )
     log.send_to(args.tensorboard, args.wandb, vars(args) | dataclasses.asdict(config))
     size = f"{args.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
-    processes.say(f"training {size}, on {args.data}, in {precision} on {processes.world} x {device.type}: {args.out}/")
+    if step < steps:
+        machines = f"{processes.world} x {device.type}"
+        processes.say(f"training {size}, on {args.data}, in {precision} on {machines}: {args.out}/")
     gauges, stopping = Gauges(processes, device), Stopping(processes)
     numbers = BatchNumbers(step, steps, args.batch_size, micro, processes.rank, processes.world)
     batches = training_batches(dataset, numbers, args.seed, args.shift, args.workers, device)
