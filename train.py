@@ -33,9 +33,9 @@ from runtime.loader import BatchNumbers, micro_batch_size, training_batches
 from runtime.log import Log, is_due
 from runtime.machine import autocast, keep_memory, peak_flops, pick_device, pick_precision, will_compile
 from runtime.optimizers import make_optimizers
-from runtime.options import check_run, class_names, identity, parse_args, plan_settings
+from runtime.options import check_run, class_names, identity, parse_args, planned
 from runtime.picture_sets import open_pictures, pictures_of
-from runtime.plan import ImageNet, describe, epochs_to_steps, training_flops
+from runtime.plan import ImageNet, epochs_to_steps, training_flops
 from runtime.previews import ema_samples, preview
 from runtime.recompute import RECOMPUTE
 from runtime.run_folder import RunFolder
@@ -171,7 +171,8 @@ def main():
     check_run(args, dataset, config)
     steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size) if args.epochs else args.steps
     if args.dry_run:
-        return processes.say(describe(config, len(dataset), world, steps, precision, **plan_settings(args)))
+        plan = planned(args, config, world, precision)
+        return processes.say(plan.describe(len(dataset), steps, args.size, args.keep))
     judge = args.eval_every and open_judge(
         dataset, args.eval_ref, args.inception, args.eval_num, config, args.seed, device, precision, processes
     )

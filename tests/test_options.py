@@ -58,45 +58,17 @@ def test_imagenet_is_the_folder_of_the_variable_or_the_one_beside_us(tmp_path, m
     assert parse_args(["--size", "L", "--data", "emoji"]).data == "emoji"
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--lr nan",
-        "--lr -1",
-        "--lr 0",
-        "--weight-decay -1",
-        "--clip -1",
-        "--clip nan",
-        "--warmup -1",
-        "--workers -1",
-        "--seed 9223372036854775808",
-        "--shift inf",
-        "--shift nan",
-        "--ema 1",
-        "--drop-label nan",
-        "--repa -1",
-        "--timeout 0",
-        "--timeout 1e15",
-        "--epochs 1e308",
-        "--epochs 0",
-        "--save-every -1",
-        "--log-every -1",
-        "--preview-every -2",
-        "--eval-every -1",
-        "--eval-every 9 --eval-num 1",
-        "--keep 0",
-        "--micro-batch 0",
-        "--depth 0",
-        "--batch-size 0",
-        "--steps 0",
-        "--steps 99999999999999999999",
-        "--dino x.pth",
-        "--eval-ref x.npz",
-        "--inception x.pth",
-        "--eval-every 5 --inception x.pth",
-        "--patch-size 99999999999999999999999",
-    ],
-)
+REFUSED = """
+    --lr nan | --lr -1 | --lr 0 | --weight-decay -1 | --clip -1 | --clip nan | --warmup -1 | --workers -1 |
+    --seed 9223372036854775808 | --shift inf | --shift nan | --ema 1 | --drop-label nan | --repa -1 | --timeout 0 |
+    --timeout 1e15 | --epochs 1e308 | --epochs 0 | --save-every -1 | --log-every -1 | --preview-every -2 |
+    --eval-every -1 | --eval-every 9 --eval-num 1 | --keep 0 | --micro-batch 0 | --depth 0 | --batch-size 0 |
+    --steps 0 | --steps 99999999999999999999 | --dino x.pth | --eval-ref x.npz | --inception x.pth |
+    --eval-every 5 --inception x.pth | --patch-size 99999999999999999999999
+"""
+
+
+@pytest.mark.parametrize("flags", [flags.strip() for flags in REFUSED.split("|")])
 def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flags):
     message = refuses(tmp_path / "run", *flags.split())
     assert flags.split()[-2] in message and not (tmp_path / "run").exists()
