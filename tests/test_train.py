@@ -284,6 +284,19 @@ def test_killed_while_training_resumes_exactly(uninterrupted, tmp_path):
     assert_same_run(last(out), last(uninterrupted))
 
 
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_training_goes_on_to_its_checkpoint_when_the_reader_of_its_output_leaves(tmp_path, uninterrupted, stderr):
+    """`python train.py | head -1`, also with `2>&1`. Catches a BrokenPipeError that takes unsaved steps with it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    training = [sys.executable, *command(tmp_path / "run", "--steps", 8, "--log-every", 1)]
+    process = subprocess.Popen(training, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+    assert process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read() if process.stderr else ""
+    assert (process.wait(120), errors) == (0, "")
+    assert_same_run(last(tmp_path / "run"), last(uninterrupted))
+
+
 def test_resumes_exactly_with_muon_too(tmp_path):
     """Its averages are in the checkpoint; and a run with the other optimizer is refused as another run."""
     assert train(tmp_path / "whole", "--optimizer", "muon", "--steps", 4)[0] == 0
