@@ -53,9 +53,9 @@ SHIFT = number(float, lambda value: 0.01 <= value <= 100, "in [0.01, 100]")
 FINITE = number(float, math.isfinite, "a finite number")
 
 
-def parse_args(argv=None):
-    """The command line; --solver comes back as a list."""
-    parser = argparse.ArgumentParser(description="Draw pictures with PixNerd.")
+def parse_args(argv=None, parser=argparse.ArgumentParser):
+    """The command line; --solver comes back as a list. parser: its class, which decides how a mistake is told."""
+    parser = parser(description="Draw pictures with PixNerd.")
     add = parser.add_argument
     add("--ckpt", default="xl", help="xl, xl-512 (released, downloaded once), emoji (assets/), or a file (default: xl)")
     add("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's two sets of weights")
@@ -117,6 +117,18 @@ def find_model(ckpt, weights="ema"):
     return model
 
 
+def weights_hash(model):
+    """A text that tells models apart, as the names of their files may not: every training step changes it."""
+    return hashlib.sha256(model.decoder.output.weight.detach().numpy()).hexdigest()[:12]
+
+
+def settings_of(flags, model, device, size):
+    """What every file says of its pictures: {name: value} of all `flags` that change them; model: its weights_hash."""
+    kept = {name: value for name, value in flags.items() if name not in NO_SETTINGS}
+    size = f"{size[0]}x{size[1]}"
+    return kept | {"ckpt": pathlib.Path(flags["ckpt"]).name, "device": device.type, "size": size, "model": model}
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -170,10 +182,7 @@ def main():
         evaluations = total * args.steps * len(args.solver) * (1 if args.cfg == 1 else 2)  # Heun's second ones aside
         compiled = pick_compile(args.compile, config, size, grid, evaluations, args.precision, device, processes.say)
         args.compile = "on" if compiled else "off"
-        settings = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-        settings |= {"ckpt": pathlib.Path(args.ckpt).name, "device": device.type, "size": f"{size[0]}x{size[1]}"}
-        # A file's name says little about the weights in it; the output layer changes with every step of training.
-        settings["model"] = hashlib.sha256(model.decoder.output.weight.detach().numpy()).hexdigest()[:12]
+        settings = settings_of(vars(args), weights_hash(model), device, size)
         store = Shards(args.npz, total, size, args.batch_size, settings, processes) if args.npz else None
     for remark in remarks:
         processes.say(remark)
