@@ -9,26 +9,19 @@ import pytest
 import torch
 
 from experiments import benchmark
-from helpers import ROOT, TINY
-from model import PixNerd, PixNerdConfig
+from helpers import ROOT, TINY, randomised
+from model import PixNerdConfig
 from runtime.files import UserError
-from runtime.flops import forward_flops
-from runtime.recompute import RECOMPUTE
+from text_model import PRESETS as TEXT_PRESETS
 
-
-@pytest.fixture
-def bench():
-    """A Bench on the CPU that takes 1 GFLOP/s and 2 GFLOP/s for the machine's rates and compiles nothing."""
-    bench = benchmark.Bench.__new__(benchmark.Bench)
-    bench.device, bench.precisions, bench.compile_too = torch.device("cpu"), ["fp32", "bf16"], False
-    bench.rates = {"fp32": 1e9, "bf16": 2e9}
-    return bench
+CPU = torch.device("cpu")
 
 
 def test_a_wrong_figure_is_refused_with_the_names_of_the_right_ones():
     command = [sys.executable, "-m", "experiments.benchmark", "--only", "M-forward"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and all(name in done.stderr.splitlines()[-1] for name in benchmark.FIGURES)
+    named = [*benchmark.MODELS, "loader", "metrics"]
+    assert done.returncode == 2 and all(name in done.stderr.splitlines()[-1] for name in named)
 
 
 def test_a_small_figure_prints_seconds_and_shares_that_fit(monkeypatch, capsys):
@@ -37,54 +30,58 @@ def test_a_small_figure_prints_seconds_and_shares_that_fit(monkeypatch, capsys):
     flags = ["--only", "Nano-forward", "--compile", "off", "--device", "cpu", "--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
     monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr(benchmark, "in_new_process", lambda function, *args: function(*args))
     benchmark.main()
     lines = capsys.readouterr().out.splitlines()
-    assert "product 20 GFLOP/s in fp32, 70 in bf16" in lines[1]
+    assert "product 20 GFLOP/s in fp32, 70 in bf16" in lines[0]
     rows = [line.split(", ") for line in lines if line.startswith("forward Nano")]
     assert [(row[1], row[2][:10]) for row in rows] == [("batch 1", "fp32 eager"), ("batch 2", "fp32 eager")]
     for row in rows:
-        seconds, gflop, speed, *shares = map(float, row[2].split()[2:])
+        seconds, gflop, speed, *shares, peak = map(float, row[2].split()[2:])
         assert speed == pytest.approx(gflop / seconds, rel=0.5)  # GFLOP have one decimal, and there are 0.2
         assert shares == [pytest.approx(speed * 1e9 / rate, abs=0.011, rel=0.05) for rate in rates.values()]
+        assert peak > 0.1
 
 
 def test_the_yardstick_is_the_best_of_some_products(monkeypatch):
     """And a product that would take an hour is not tried: then the rate is that of a smaller one."""
     sizes = []
 
-    def timings(function, device, repeats):
+    def timings(function, device):
         sizes.append(len(function()))
         return [3.0, seconds, 1.0]
 
     monkeypatch.setattr(benchmark, "timings", timings)
     seconds = 0.001
-    assert benchmark.matmul_rate(torch.float32, size=64) == 2 * 64**3 / seconds and sizes == [8, 64]
+    assert benchmark.matmul_rate(torch.float32, CPU, size=64) == 2 * 64**3 / seconds and sizes == [8, 64]
     seconds = 0.5
-    assert benchmark.matmul_rate(torch.float32, size=512) == 2 * 64**3 / seconds and sizes[2:] == [64]
+    assert benchmark.matmul_rate(torch.float32, CPU, size=512) == 2 * 64**3 / seconds and sizes[2:] == [64]
 
 
-def test_an_image_counts_the_evaluations_of_each_way(bench, capsys):
-    """50 steps: 100 passes in the plain way; with the interval, 44 steps are guided, as in sample.py."""
-    calls, forward = [], PixNerd.forward
+@pytest.mark.parametrize("figure", ["Nano-train", "L-forward", "guided", "image", "memory", "cost"])
+def test_every_line_of_a_figure_can_be_measured(figure):
+    """On a tiny model in the place of its own. Catches a setting that no function takes."""
+    for _, _, _, prepare, _ in benchmark.MODELS[figure]:
+        seconds, peak = benchmark.measure(TINY, prepare, 1, "fp32", False, CPU)
+        assert seconds > 0 and peak > 0.1
 
-    def counted(model, x, t, y, **more):
-        calls.append(len(x))
-        return forward(model, x, t, y, **more)
 
-    PixNerd.forward = counted
-    try:
-        for precision in bench.precisions:
-            bench.draw(TINY, 50, 44, 3.5, precision)
-    finally:
-        PixNerd.forward = forward
-    rows = capsys.readouterr().out.splitlines()
-    names = ["plain: two passes each step", "+ both halves in a batch", "+ guided in the interval"]
-    names = 2 * [*names, "+ freed memory kept", "+ weights cast, packed"]
-    assert len(rows) == len(names) and all(name in row for name, row in zip(names, rows))
-    assert set(calls[:12]) == {1} and set(calls[12:18]) == {2}  # 3 calls of each kind, and two passes each
-    assert calls[18:24] == [1, 1, 1, 2, 2, 2]
-    work = [float(row.split(name)[1].split()[1]) for row, name in zip(rows, names)]  # GFLOP
-    assert work == pytest.approx([n * forward_flops(TINY) / 1e9 for n in 2 * [100, 100, 94, 94, 94]], abs=0.06)
+@pytest.mark.parametrize("figure, images", [("L-forward", [1]), ("guided", [2]), ("image", [1, 1, 2])])
+def test_a_figure_counts_the_passes_that_the_model_makes(figure, images):
+    """Images that go through the model in each pass. Catches a share of twice the true speed."""
+    seen = []
+    model = randomised(TINY)
+    model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    lines = [line for line in benchmark.MODELS[figure] if line[2] == 1]
+    for _, _, _, prepare, _ in lines:
+        prepare(model, torch.randn(1, 3, 16, 16), torch.tensor([0]), "fp32", False)()
+    assert seen == images and sum(images) == sum(passes for *_, passes in lines)
+
+
+def test_a_model_of_sentences_is_measured_like_one_of_classes():
+    for prepare in (benchmark.sampling, benchmark.guided, benchmark.training):
+        seconds, _ = benchmark.measure(TEXT_PRESETS["Nano"], prepare, 1, "fp32", False, CPU)
+        assert seconds > 0
 
 
 @pytest.mark.slow
@@ -94,41 +91,25 @@ def test_memory_is_measured_in_a_process_of_its_own_and_recomputing_lowers_it():
     config = PixNerdConfig(
         num_classes=3, resolution=64, patch_size=16, hidden_size=32, num_heads=2, depth=1, field_depth=2, field_width=64
     )
-    found = [
-        benchmark.in_new_process(benchmark.train_and_look, config, 24, how, "fp32", False) for how in ("none", "field")
-    ]
-    (whole, plain), (_, recomputed) = found
-    assert ballast.sum() > 0 and whole < 1.5 and recomputed < 0.5 * plain
-    seconds = benchmark.train_in_turns(config, 2, "fp32", False, rounds=1)
-    assert set(seconds) == set(RECOMPUTE) and min(seconds.values()) > 0
+    peaks = []
+    for name, _, _, prepare, _ in benchmark.MODELS["memory"]:
+        peaks.append(benchmark.in_new_process(benchmark.measure, config, prepare, 24, "fp32", False, CPU)[1])
+    assert ballast.sum() > 0 and peaks[0] < 1.7 and peaks[1] < peaks[0] - 0.1
 
 
 def test_the_loaders_parts_add_up_to_the_whole(capsys):
     """Catches a part that is measured per batch where the whole is per image."""
-    benchmark.loader(count=4, rounds=1)
+    benchmark.loader(count=4)
     first, second = capsys.readouterr().out.splitlines()
-    assert re.match(
-        r"loader, one core, 500x375 JPEGs of \d+ kB to 256: \d+ images/s; Pillow's decoding alone \d+", first
-    )
+    assert re.match(r"loader, one core, 500x375 JPEGs to 256: \d+ images/s; Pillow's decoding alone \d+", first)
     whole, *parts = [float(number) for number in re.findall(r"-?\d+\.\d+", second)]
     assert len(parts) == 4 and sum(parts) == pytest.approx(whole, abs=0.03)
 
 
-def test_metrics_measures_both_kinds(bench, capsys):
-    benchmark.metrics(bench, count=60, width=8)
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[0].startswith("precision and recall, 60 against 60") and rows[1].startswith(
-        "FID from the same features"
-    )
-
-
-@pytest.mark.slow
-def test_an_image_in_its_own_process_says_how_many_steps_are_guided(bench, capfd):
-    """44 of 50 lie strictly within (0.1, 1.0), as float32. Catches a Bench that cannot travel to another process."""
-    bench.precisions = ["fp32"]
-    bench.image(TINY)
-    header, *rows = capfd.readouterr().out.splitlines()
-    assert "50 Euler steps, 44 of them guided" in header and len(rows) == 5
+def test_metrics_measures_both_kinds(capsys):
+    benchmark.metrics(CPU, [1e9, 2e9], count=60, width=8)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("precision and recall, 60 against 60") and second.startswith("FID from their means")
 
 
 def test_a_process_that_dies_is_one_line():
