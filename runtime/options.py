@@ -44,7 +44,8 @@ FROM_0 = number(int, lambda value: 0 <= value <= 2**53, "at least 0, and at most
 SHARE = number(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 BELOW_1 = number(float, lambda value: 0 <= value < 1, "in [0, 1)")
 ABOVE_0 = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
-POSITIVE = number(float, lambda value: 0 < value <= 1e9, "above 0 and at most 1e9")
+POSITIVE = number(float, lambda value: 0 < value < math.inf, "above 0 and finite")
+TO_1E9 = number(float, lambda value: 0 < value <= 1e9, "above 0 and at most 1e9")  # for what becomes a whole number
 NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 
 
@@ -69,7 +70,7 @@ OPTIONS = [
     Option("batch-size", COUNT, (64, 256), "images per step over all processes", same_run=True),
     Option("micro-batch", COUNT, None, "images per forward pass and process; gradients add up (default: all)"),
     Option("steps", COUNT, (1450, 800_000), "train until this step"),
-    Option("epochs", POSITIVE, None, "instead: until each image was seen so many times (of NAME:N, N times as many)"),
+    Option("epochs", TO_1E9, None, "instead: until each image was seen so many times (of NAME:N, N times as many)"),
     Option("optimizer", ["adamw", "muon"], ("muon", "adamw"), "muon: for the matrices of the blocks", same_run=True),
     Option("lr", POSITIVE, (1e-2, 1e-4), "learning rate"),
     Option("schedule", ["constant", "cosine"], ("cosine", "constant"), "of the learning rate; cosine: to 0 at --steps"),
@@ -88,7 +89,7 @@ OPTIONS = [
     Option("compile", ["auto", "on", "off"], "auto", "torch.compile each repeated block (auto: where it works)"),
     Option("recompute", list(RECOMPUTE), "none", "activation checkpointing: memory for time (runtime/recompute.py)"),
     Option("device", str, "auto", "auto (cuda, then mps, then cpu), or its name"),
-    Option("timeout", POSITIVE, 1800.0, "seconds to wait for another process, as while it saves"),
+    Option("timeout", TO_1E9, 1800.0, "seconds to wait for another process, as while it saves"),
     Option("out", str, None, "folder of the run (default: runs/SIZE)"),
     Option("save-every", FROM_0, (500, 5_000), "steps between checkpoints (0: only at the end)"),
     Option("keep", COUNT, 2, "checkpoints kept, at least 2"),

@@ -8,14 +8,13 @@ import dataclasses
 import fcntl
 import os
 import pathlib
-import re
 import shutil
 import socket
 
 import numpy as np
 
 from runtime.checkpoint import FORMAT, check_same, checked_config, load_checkpoint, load_weights, save_checkpoint
-from runtime.files import UserError, sync_folder, whole_file
+from runtime.files import UserError, check_writable, whole_file
 from runtime.some_classes import SomeClasses
 
 
@@ -28,25 +27,23 @@ class RunFolder:
     def __init__(self, path, processes, keep=2):
         self.path, self.processes, self.keep = pathlib.Path(path), processes, keep
         self.checkpoint = self.state = None
-        probe = self.path / f".writable-{processes.rank}"
-        try:
-            (self.path / "previews").mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be written ({error.strerror}): choose another folder")
-        if owner := processes.from_rank_0(self._lock() if processes.rank == 0 else None):
-            raise UserError(f"--out {path} is in use by {owner}: wait for its end, or choose another folder")
+        if trouble := processes.from_rank_0(self._take() if processes.rank == 0 else None):
+            raise UserError(trouble)
 
-    def _lock(self):
-        """Takes the folder for this process; who has it already, or None. The system lets go of it when we end."""
+    def _take(self):
+        """Locks the folder until the end of this process. Returns why that cannot be, or None."""
+        try:
+            check_writable("--out", self.path, is_folder=True)
+        except UserError as error:
+            return str(error)
         self.lock = open(self.path / ".lock", "a+")
         try:
             # Of POSIX's kind, which belongs to one process: loader workers do not inherit it and outlive it.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.seek(0)
-            return self.lock.read() or "another process"
+            owner = self.lock.read() or "another process"
+            return f"--out {self.path} is in use by {owner}: wait for its end, or choose another folder"
         except OSError:  # a file system without locks
             return None
         self.lock.truncate(0)
@@ -67,34 +64,27 @@ class RunFolder:
         choice = self.processes.from_rank_0(found and str(found[0]))
         if choice is None:
             return dataset
-        path, state = found or (pathlib.Path(choice), load_checkpoint(choice, mmap))
+        path, state = self.checkpoint, self.state = found or (pathlib.Path(choice), load_checkpoint(choice, mmap))
         checked_config(state, path)
         if "identity" not in state or "optimizers" not in state:
             raise UserError(f"{path} holds weights only, not a run: give it to --init, with another --out")
         check_same(state["identity"], identity, path)
         if state["fingerprint"] != self.fingerprint and not accept_changed_data:
-            raise UserError(
-                f"{path}: the pictures are not those of the run so far; restore them, or give --accept-changed-data"
-            )
-        self.checkpoint, self.state = path, state
-        return self._same_classes(dataset, list(state["class_names"]))
-
-    def _same_classes(self, dataset, names):
-        """The data set with class c called names[c], as the run knows it: renamed folders would change all meanings."""
-        if list(dataset.classes) == names:
+            remedy = "restore them, or give --accept-changed-data"
+            raise UserError(f"{path}: the pictures are not those of the run so far; {remedy}")
+        # Class c must stay the run's class c: renamed folders would change the meaning of every number.
+        names, now = list(state["class_names"]), list(dataset.classes)
+        if now == names:
             return dataset
-        if sorted(dataset.classes) == sorted(names):
+        if sorted(now) == sorted(names):
             self.processes.say("the classes come in another order than in the run so far: numbered as there")
             return SomeClasses(dataset, names)
-        new = ", ".join(sorted(set(dataset.classes) - set(names))[:3])
-        gone = ", ".join(sorted(set(names) - set(dataset.classes))[:3])
-        raise UserError(
-            f"{self.checkpoint} learned other classes: {gone} is not in the data, {new} is not in the run; "
-            "give the folders their old names, or start another run with --init and another --out"
-        )
+        gone, new = (", ".join(sorted(set(a) - set(b))[:3]) for a, b in ((names, now), (now, names)))
+        remedy = "give the folders their old names, or start another run with --init and another --out"
+        raise UserError(f"{path} learned other classes: {gone} is not in the data, {new} is not in the run; {remedy}")
 
     def restore(self, student, ema, optimizers, weight_decay):
-        """Puts the elected checkpoint into the modules and optimizers; the step to go on from, 0 without one."""
+        """Puts the elected checkpoint into the modules and optimizers. Returns its step, 0 without one."""
         if self.checkpoint is None:
             return 0
         path, state, self.state = self.checkpoint, self.state, None
@@ -112,7 +102,7 @@ class RunFolder:
         return state["step"]
 
     def save(self, step, student, ema, optimizers, dataset):
-        """Saves the run at `step`; all ranks go on once it is safe. Raises OSError."""
+        """Saves the run at `step`; all ranks wait until it is safe. Raises OSError."""
         if self.processes.rank == 0:
             state = {
                 "format": FORMAT,
@@ -142,27 +132,20 @@ def save_run(folder, state, keep=2):
     left_over = path.parent.glob(".tmp-step-*.pt")
     for old in [*run_checkpoints(folder)[max(2, keep) :], *left_over]:
         old.unlink(missing_ok=True)
-    return path
 
 
 def name_last(path):
-    """Gives a run's checkpoint its second name, last.pt, if it does not have it.
+    """Gives a run's checkpoint its second name, last.pt. Raises OSError.
 
-    It is a hard link, not a symbolic one, so copying or moving the folder cannot break it; where the file system has
-    no hard links it is a copy. Raises OSError.
+    A hard link, not a symbolic one, so that copying or moving the folder cannot break it; where the file system has no
+    hard links, a copy.
     """
-    last, link = path.with_name("last.pt"), path.with_name(".tmp-last.pt")
-    if last.exists() and last.samefile(path):
-        return
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:
-        with whole_file(last) as temporary:
+    with whole_file(path.with_name("last.pt")) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
             shutil.copyfile(path, temporary)
-        return
-    os.replace(link, last)
-    sync_folder(path.parent)
 
 
 def tidy(path):
@@ -180,19 +163,16 @@ def tidy(path):
 
 def run_checkpoints(folder):
     """The step-N.pt files of a run's folder, N of eight digits, newest first."""
-    paths = pathlib.Path(folder).glob("step-*.pt")
-    return sorted((path for path in paths if re.fullmatch(r"step-[0-9]{8}\.pt", path.name)), reverse=True)
+    return sorted(pathlib.Path(folder).glob(f"step-{'[0-9]' * 8}.pt"), reverse=True)
 
 
 def load_run(folder, warn=print, mmap=False):
     """(path, state) of the newest sound checkpoint in a run's folder, or None where there is none yet.
 
-    A damaged one is passed over with a warning, for the one before it; last.pt comes last, for a folder that has only
-    that. All damaged is a UserError, never a silent restart from zero. mmap: as in `load_checkpoint`.
+    A damaged one is passed over with a warning, for the one before it. A folder may also have last.pt alone. All
+    damaged is a UserError, never a silent restart from zero. mmap: as in `load_checkpoint`.
     """
-    paths, last = run_checkpoints(folder), pathlib.Path(folder) / "last.pt"
-    if last.exists() and not any(last.samefile(path) for path in paths):
-        paths.append(last)
+    paths = run_checkpoints(folder) or list(pathlib.Path(folder).glob("last.pt"))
     for path in paths:
         try:
             return path, load_checkpoint(path, mmap)

@@ -283,7 +283,7 @@ if RANK == 0 and lives < len(POINTS):
 CALLS = [
     f"{when} {call}"
     for when in ("before", "after")
-    for call in ("fsync 1", "replace 1", "fsync 2", "link 1", "replace 2", "fsync 3", "unlink 3")
+    for call in ("fsync 1", "replace 1", "fsync 2", "link 1", "replace 2", "fsync 4", "unlink 4")
 ]  # the file, last.pt, pruning
 
 
