@@ -32,20 +32,19 @@ def build_model(config):
 class _Sink:
     """A file for torch.save that remembers why writing failed.
 
-    torch.save's C++ writer turns "no space left on device" into an unrelated RuntimeError, and writing to memory
-    first would need a second copy of the state (11 GB for XL). So the first OSError is kept here, the rest of the
-    save runs into the void, and `save_checkpoint` raises the true error.
+    torch.save's C++ writer turns "no space left on device" into an unrelated RuntimeError, and writing to memory first
+    would need a second copy of the state (11 GB for XL). So the first OSError is kept here, the rest of the save is
+    dropped, and `save_checkpoint` raises the true error.
     """
 
     def __init__(self, file):
         self.file, self.error = file, None
 
     def write(self, data):
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
+        try:
+            self.error or self.file.write(data)
+        except OSError as error:
+            self.error = error
         return len(data)
 
     def flush(self):
@@ -53,10 +52,9 @@ class _Sink:
 
 
 def save_checkpoint(path, state):
-    """Writes `state` (a dict of plain types and tensors) to `path`, whole or not at all.
+    """Writes `state` (a dict of plain types and tensors) to `path`, whole or not at all. Raises OSError.
 
-    Peak memory: the state and, for tensors on a GPU, one tensor's copy at a time. Raises OSError (no space, no
-    permission, ...), and `path` is as it was.
+    Peak memory: the state and, for tensors on a GPU, one tensor's copy at a time.
     """
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         sink = _Sink(file)
@@ -65,9 +63,7 @@ def save_checkpoint(path, state):
             raise sink.error
 
 
-def load_checkpoint(path, mmap=False):
-    """Reads a checkpoint written by `save_checkpoint` or released by the authors: runtime.files.load_tensors."""
-    return load_tensors(path, mmap)
+load_checkpoint = load_tensors  # (path, mmap=False) -> what `save_checkpoint` was given, or a released file's dict
 
 
 def load_model(path, weights="ema"):
@@ -75,41 +71,35 @@ def load_model(path, weights="ema"):
 
     weights: "ema" (what sampling uses) or "raw". Where the file has them, `model.class_names` are the names of the
     classes and `model.class_counts` the numbers of their training pictures (else None). `null_features` of a released
-    text-to-image model are zeros: its file has none.
-    Raises FileNotFoundError and UserError.
+    text-to-image model are zeros: its file has none. Raises FileNotFoundError and UserError.
     """
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights is {weights!r}; choose ema or raw")
-    missing = UserError(f"{path} has no {weights} weights; use --weights {'raw' if weights == 'ema' else 'ema'}")
-    state = load_checkpoint(path, mmap=True)
+    key, prefix, other = {"ema": ("ema", "ema_denoiser.", "raw"), "raw": ("model", "denoiser.", "ema")}[weights]
+    state, config = load_checkpoint(path, mmap=True), None
     if "format" in state:
-        config = checked_config(state, path)
-        state_dict = state.get({"ema": "ema", "raw": "model"}[weights])
-        if state_dict is None:
-            raise missing
+        config, state_dict = checked_config(state, path), state.get(key)
     else:  # released: a PyTorch Lightning file, or its state dict alone
         state_dict = state.get("state_dict", state)
-        if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+        if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
             raise UserError(f"{path} is not a PixNerd checkpoint (no table of named weights)")
-        prefix = {"ema": "ema_denoiser.", "raw": "denoiser."}[weights]
-        if any(key.startswith(("ema_denoiser.", "denoiser.")) for key in state_dict):
-            state_dict = {key.removeprefix(prefix): t for key, t in state_dict.items() if key.startswith(prefix)}
-            if not state_dict:
-                raise missing
+        if any(name.startswith(("ema_denoiser.", "denoiser.")) for name in state_dict):
+            named = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+            state_dict = named or None
+    if state_dict is None:
+        raise UserError(f"{path} has no {weights} weights; use --weights {other}")
+    if config is None:
         config, state_dict = import_reference(state_dict, path)
     # The model is made without storage and takes the file's memory-mapped tensors as its parameters, so the weights
     # exist once: reading a 6 GB file for its 2.8 GB of EMA needs 2.8 GB.
     with torch.device("meta"):
         model = build_model(config)
     load_weights(model, state_dict, path, assign=True)
-    model.float()
     classes = getattr(config, "num_classes", 0)
     for name, kind in (("class_names", str), ("class_counts", int)):
         values = state.get(name)
         if values is not None and (type(values) is not list or [type(value) for value in values] != [kind] * classes):
             raise UserError(f"{path} has {name} that do not fit its {classes} classes: it is damaged, or was edited")
         setattr(model, name, values)
-    return model.eval()
+    return model.float().eval()
 
 
 def checked_config(state, path):
@@ -129,13 +119,13 @@ def checked_config(state, path):
         raise UserError(f"{path}: {error}")
 
 
-def check_same(saved, wanted, path):
+def check_same(saved, wanted, path, note=""):
     """UserError, naming the field and both values, unless two dicts of settings agree on what both have."""
-    for name in saved:
-        if name in wanted and saved[name] != wanted[name]:
+    for name, value in saved.items():
+        if name in wanted and wanted[name] != value:
+            remedy = f"use the same value, or another file or --out folder{note}"
             raise UserError(
-                f"{path} was trained with {name}={saved[name]!r}, but this run asks for "
-                f"{wanted[name]!r}: use the same value, or another file or --out folder"
+                f"{path} was trained with {name}={value!r}, but this run asks for {wanted[name]!r}: {remedy}"
             )
 
 
@@ -153,29 +143,25 @@ def start_from(model, path, class_names):
         raise UserError(f"{path} draws from {other}, and this run is to draw from {one}: use another file")
     fixed = [field.name for field in dataclasses.fields(model.config) if not field.metadata["fine_tuning"]]
     theirs = {name: getattr(source.config, name) for name in fixed}
-    try:
-        check_same(theirs, dataclasses.asdict(model.config), path)
-    except UserError as error:
-        flags = (f"--{name.replace('_', '-')} {value}" for name, value in theirs.items())
-        raise UserError(f"{error}; it was trained with {' '.join(flags)}")
-    weights, note = source.state_dict(), f"starting from {path}"
-    if classes and source.config.num_classes != model.config.num_classes:
-        note += (
-            f"; its class embedding was for {source.config.num_classes} classes, this run has "
-            f"{model.config.num_classes}: a new one is trained"
-        )
-    elif classes and source.class_names is not None and list(source.class_names) != list(class_names):
-        note += "; its class embedding was for other classes, or another order: a new one is trained"
-    if note.endswith("trained"):
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in theirs.items())
+    check_same(theirs, dataclasses.asdict(model.config), path, f"; it was trained with {flags}")
+    weights, note, other = source.state_dict(), f"starting from {path}", None
+    if not classes:
+        if not source.null_features.any():  # a released file has none
+            weights["null_features"] = model.null_features
+    elif source.config.num_classes != model.config.num_classes:
+        other = f"{source.config.num_classes} classes, this run has {model.config.num_classes}"
+    elif list(source.class_names or class_names) != list(class_names):
+        other = "other classes, or another order"
+    if other:
         weights["class_embed.weight"] = model.class_embed.weight
-    if not classes and not source.null_features.any():  # a released file has none
-        weights["null_features"] = model.null_features
+        note += f"; its class embedding was for {other}: a new one is trained"
     load_weights(model, weights, path)
     return note
 
 
 def main():
-    """The command line: `export`, which strips a checkpoint to its EMA weights and configuration."""
+    """The command line: `export`, which keeps of a checkpoint its weights and configuration only."""
     parser = argparse.ArgumentParser(description="Export a checkpoint's weights for sharing.")
     parser.add_argument("action", choices=["export"])
     parser.add_argument("source", help="a checkpoint, ours or released")
@@ -185,27 +171,17 @@ def main():
     parser.add_argument("--reference", action="store_true", help="use the released code's key names")
     args = parser.parse_args()
     model = load_model(args.source, args.weights)
-    dtype = torch.float16 if args.half else torch.float32
+    weights = export_reference(model) if args.reference else model.state_dict()
+    weights = {key: tensor.to(torch.float16 if args.half else torch.float32) for key, tensor in weights.items()}
     if args.reference:
-        named = export_reference(model)
-        state = {
-            "state_dict": {
-                f"{prefix}.{key}": tensor.to(dtype)
-                for key, tensor in named.items()
-                for prefix in ("denoiser", "ema_denoiser")
-            }
-        }
+        prefixes = ("denoiser", "ema_denoiser")
+        state = {"state_dict": {f"{prefix}.{key}": weights[key] for key in weights for prefix in prefixes}}
     else:
-        state = {
-            "format": FORMAT,
-            "config": dataclasses.asdict(model.config),
-            "class_names": model.class_names,
-            "class_counts": model.class_counts,
-            "ema": {key: tensor.to(dtype) for key, tensor in model.state_dict().items()},
-        }
+        state = {"format": FORMAT, "config": dataclasses.asdict(model.config), "ema": weights}
+        state |= {"class_names": model.class_names, "class_counts": model.class_counts}
     save_checkpoint(args.target, state)
     print(f"wrote {args.target}, {os.path.getsize(args.target) / 1e6:.1f} MB")
-    if args.reference and model.config.resolution != import_reference(named)[0].resolution:
+    if args.reference and model.config.resolution != import_reference(weights)[0].resolution:
         print(f"the released format keeps no resolution: draw with --resolution {model.config.resolution}")
 
 
