@@ -23,21 +23,16 @@ class Processes:
         self.control = None  # the group for decisions
 
     def connect(self, device, seconds):
-        """Connects the processes for the gradients (NCCL on GPUs, gloo on CPUs) and for decisions.
+        """Connects the processes for the gradients (NCCL on GPUs, gloo on CPUs) and, over the CPU, for decisions.
 
-        Decisions travel over the CPU, so that they never make a GPU wait. A process that does not answer within
-        `seconds` is a dist.DistError, here and in everything below.
+        So decisions never make a GPU wait. A process that does not answer within `seconds` is a dist.DistError, here
+        and in everything below.
         """
         if self.world == 1:
             return
         limit = datetime.timedelta(seconds=seconds)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=limit,
-            rank=self.rank,
-            world_size=self.world,
-            store=self._meeting_point(limit),
-        )
+        store, backend = self._meeting_point(limit), "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=limit, rank=self.rank, world_size=self.world, store=store)
         self.control = dist.new_group(backend="gloo", timeout=limit)
 
     def _meeting_point(self, limit):
@@ -102,10 +97,10 @@ class Processes:
 
     def largest(self, number):
         """The largest of the ranks' whole numbers, on all of them."""
-        flag = torch.tensor(number)
+        most = torch.tensor(number)
         if self.control:
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
-        return int(flag)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.control)
+        return int(most)
 
     def sum(self, *tensors):
         """Adds up tensors over the ranks, in place, on their device."""
@@ -116,12 +111,8 @@ class Processes:
         """The module such that backward() leaves the mean gradient of all ranks. Buffers never change: not sent."""
         if self.world == 1:
             return module
-        return DistributedDataParallel(
-            module,
-            [device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        devices = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def close(self):
         """The end, on all ranks."""

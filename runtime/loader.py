@@ -14,18 +14,13 @@ class BatchNumbers:
     """The sample numbers of each micro-batch of one rank, from `step` to `steps`: what the loader fetches, in order."""
 
     def __init__(self, step, steps, batch_size, micro_batch, rank=0, world=1):
-        self.step, self.steps, self.batch_size, self.micro_batch = step, steps, batch_size, micro_batch
-        self.share, self.rank = batch_size // world, rank
-        self.parts = self.share // micro_batch  # micro-batches in a step of one rank
-
-    def __len__(self):
-        return (self.steps - self.step) * self.parts
+        self.parts = batch_size // world // micro_batch  # micro-batches in a step of one rank
+        self.starts = [rank * batch_size // world + part * micro_batch for part in range(self.parts)]
+        self.steps, self.batch_size, self.micro_batch = range(step, steps), batch_size, micro_batch
 
     def __iter__(self):
-        for step in range(self.step, self.steps):
-            first = step * self.batch_size + self.rank * self.share
-            for start in range(first, first + self.share, self.micro_batch):
-                yield list(range(start, start + self.micro_batch))
+        for first in (step * self.batch_size + start for step in self.steps for start in self.starts):
+            yield list(range(first, first + self.micro_batch))
 
 
 def micro_batch_size(batch_size, micro_batch, world):
@@ -46,26 +41,13 @@ def training_batches(dataset, numbers, seed, shift, workers, device):
     """
     if workers is None:
         workers = 0 if dataset.in_memory else min(8, os.cpu_count() or 1)
-    loader = torch.utils.data.DataLoader(
-        TrainingSamples(dataset, seed, shift),
-        batch_sampler=numbers,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-    )
+    how = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "pin_memory": device.type == "cuda"}
+    loader = torch.utils.data.DataLoader(TrainingSamples(dataset, seed, shift), batch_sampler=numbers, **how)
     with signals_blocked():  # workers inherit that: one that died of SIGTERM would take its rank along before the save
         batches = iter(loader)
-    return _on_device(batches, device)
-
-
-def _on_device(batches, device):
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError:
-            # Of a killed worker, its broken connection is seen first; within this second torch's handler names it.
-            time.sleep(1)
-            raise
-        if batch is None:
-            return
-        yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    try:
+        for batch in batches:
+            yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    except RuntimeError:
+        time.sleep(1)  # of a killed worker, its broken connection is seen first; now torch's handler names it
+        raise

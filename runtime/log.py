@@ -4,10 +4,10 @@
     wandb sync OUT/wandb/offline-*     # after WANDB_MODE=offline train.py --wandb; online, nothing is left to do
 
 All of them get the same numbers under the same names: loss, loss_by_time (in tenths of t), lr, grad_norm,
-images_per_second, mfu (on GPUs that device.PEAKS knows), alignment (with --repa), the scores of --eval-every, and the
+images_per_second, mfu (on GPUs that machine.PEAKS knows), alignment (with --repa), the scores of --eval-every, and the
 previews as pictures. No step is logged twice when a run resumes: lines behind the checkpoint are cut off
-metrics.jsonl, TensorBoard drops them (purge_step), and wandb, which goes on under the same run id, keeps the first
-value of a step. Left out: histograms of weights, uploading checkpoints.
+metrics.jsonl, TensorBoard drops them (purge_step), and wandb, which resumes the same run id, keeps the first value of a
+step. Left out: histograms of weights, uploading checkpoints.
 """
 
 import contextlib
@@ -17,11 +17,9 @@ import json
 import pathlib
 import secrets
 import signal
-import sys
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime.files import UserError, whole_file
 from runtime.pictures import save_picture
@@ -36,10 +34,9 @@ def require(package):
 
 
 def cut_metrics(path, step):
-    """Takes out of metrics.jsonl what comes after `step`, and a last line that a crash cut off.
+    """Takes out of metrics.jsonl what comes after `step`, and a last line that a crash cut off: resuming repeats them.
 
-    A run that resumes from a checkpoint of this step writes those lines again. Returns the steps up to it that have
-    scores of --eval-every. UserError for lines of something else.
+    Returns the steps that have scores of --eval-every. UserError for lines of something else.
     """
     if not path.exists():
         return set()
@@ -56,20 +53,11 @@ def cut_metrics(path, step):
 
 def flat(values):
     """{name: number} of a line of metrics: a list becomes one number per bin, None (an empty bin) is left out."""
-    numbers = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            bins = enumerate(value)
-            numbers |= {f"{name}/{i / len(value):.1f}": v for i, v in bins if v is not None}
-        else:
-            numbers[name] = value
+    numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
+    for name in values.keys() - numbers.keys():
+        bins = values[name]
+        numbers |= {f"{name}/{i / len(bins):.1f}": value for i, value in enumerate(bins) if value is not None}
     return numbers
-
-
-def save_preview(out, step, image):
-    """Keeps a preview (a Pillow image) as OUT/samples.png and as OUT/previews/step-N.png. Raises OSError."""
-    for target in (out / "samples.png", out / "previews" / f"step-{step:08d}.png"):
-        save_picture(target, image)
 
 
 def is_due(step, every):
@@ -85,67 +73,53 @@ class Log:
     """
 
     def __init__(self, out, processes, step, steps, batch_size, flops=0, peak=0):
-        self.path, self.processes = pathlib.Path(out), processes
-        self.out = self.path if processes.rank == 0 else None
+        self.out, self.processes, self.writes = pathlib.Path(out), processes, processes.rank == 0
         self.start, self.step, self.steps, self.batch_size = step, step, steps, batch_size
         self.flops, self.peak, self.board, self.run = flops, peak, None, None
-        self.scored = cut_metrics(self.path / "metrics.jsonl", step) if self.out else set()
-        self.since, self.paused = time.perf_counter(), 0.0
-        quiet = self.out is None or not sys.stderr.isatty() or step >= steps
-        self.bar = tqdm(total=steps, initial=step, disable=quiet, unit="step", smoothing=0.05)
+        self.scored = cut_metrics(self.out / "metrics.jsonl", step) if self.writes else set()
+        self.since = time.perf_counter()  # the time of `step`, moved on by pauses
 
     def send_to(self, tensorboard, wandb, settings):
-        """Logs to TensorBoard or Weights & Biases as well, where wanted; settings: plain values that wandb shows."""
-        if tensorboard and self.out:
+        """Logs to TensorBoard or Weights & Biases as well, where wanted; settings: plain values that wandb shows.
+
+        OUT/wandb-id keeps the id of the wandb run. UserError, with wandb's own reason.
+        """
+        if tensorboard and self.writes:
             require("tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
-        if wandb and self.out:
-            self.run = self.start_wandb(require("wandb"), settings)
-
-    def start_wandb(self, wandb, settings):
-        """The wandb run of this folder, whose id is kept in OUT/wandb-id. UserError, with wandb's own reason."""
-        path = self.out / "wandb-id"
-        if not path.exists():
-            with whole_file(path) as temporary:
-                temporary.write_text(secrets.token_hex(8))
-        try:
-            return wandb.init(
-                dir=self.out,
-                project="pixnerd",
-                name=self.out.resolve().name,
-                config=settings,
-                id=path.read_text().strip(),
-                resume="allow",
-            )
-        except Exception as error:  # noqa: BLE001  no login, no network, a server's refusal: all of them its business
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--wandb: {reason} (WANDB_MODE=offline goes without an account and a network)")
+        if wandb and self.writes:
+            wandb, id_file, name = require("wandb"), self.out / "wandb-id", self.out.resolve().name
+            if not id_file.exists():
+                with whole_file(id_file) as temporary:
+                    temporary.write_text(secrets.token_hex(8))
+            run = {"id": id_file.read_text().strip(), "resume": "allow"}
+            try:
+                self.run = wandb.init(dir=self.out, project="pixnerd", name=name, config=settings, **run)
+            except Exception as error:  # noqa: BLE001  no login, no network, a server's refusal
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(f"--wandb: {reason} (WANDB_MODE=offline needs neither account nor network)")
 
     def training(self, step, values):
-        """Logs {name: mean since the last call}, adds the speed, and shows the loss on the terminal.
+        """Logs {name: mean since the last call} with the speed, and prints the loss.
 
         images_per_second leaves out what happened within `pause`. mfu, the model FLOPs utilisation, is the share of
         the GPUs' bf16 peak that went into the arithmetic of training; what --recompute repeats does not count, by
         definition. Where the peak is not known, as on CPUs, the line has no mfu.
         """
-        done, elapsed = step - self.step, time.perf_counter() - self.since - self.paused
-        self.step, self.since, self.paused = step, time.perf_counter(), 0.0
+        now = time.perf_counter()
+        done, elapsed = step - self.step, now - self.since
+        self.step, self.since = step, now
         speed = done * self.batch_size / elapsed  # images/s over all processes
-        values = values | {"images_per_second": round(speed, 1)}
-        if self.peak:
-            values["mfu"] = round(self.flops * speed / self.peak, 4)
-        self.numbers(step, values)
-        text = f"loss {values['loss']:.4f}, {speed:.0f} images/s"
-        self.bar.set_postfix_str(text)
-        if self.out and self.bar.disable:
-            left = datetime.timedelta(seconds=round((self.steps - step) * elapsed / done))
-            print(f"step {step}/{self.steps}, {text}, {left} left", flush=True)
+        mfu = {"mfu": round(self.flops * speed / self.peak, 4)} if self.peak else {}
+        self.numbers(step, values | {"images_per_second": round(speed, 1)} | mfu)
+        left = datetime.timedelta(seconds=round((self.steps - step) * elapsed / done))
+        self.processes.say(f"step {step}/{self.steps}, loss {values['loss']:.4f}, {speed:.0f} images/s, {left} left")
 
     def numbers(self, step, values):
         """Logs a dict of numbers (or lists of them) at a step."""
-        if self.out is None:
+        if not self.writes:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -158,8 +132,21 @@ class Log:
 
     def wants_picture(self, step, every):
         """Is a preview due? Also at the end, and at the step that was resumed if a kill came before it was drawn."""
-        due = self.out and (is_due(step, every) or every and step == self.steps)
-        return bool(due) and (step > self.start or not (self.path / "previews" / f"step-{step:08d}.png").exists())
+        due = self.writes and (is_due(step, every) or every and step == self.steps)
+        return bool(due) and (step > self.start or not self._preview(step).exists())
+
+    def _preview(self, step):
+        return self.out / "previews" / f"step-{step:08d}.png"
+
+    def picture(self, step, image):
+        """Saves a preview (a Pillow image), also as OUT/samples.png, and logs it. Raises OSError."""
+        for target in (self.out / "samples.png", self._preview(step)):
+            save_picture(target, image)
+        if self.board:
+            self.board.add_image("previews", np.asarray(image), step, dataformats="HWC")
+            self.board.flush()
+        if self.run:
+            self.run.log({"previews": require("wandb").Image(image)}, step=step)
 
     def wants_scores(self, step, every):
         """Is an evaluation due? The same on all ranks. Also at the step that was resumed, if it has none."""
@@ -170,34 +157,23 @@ class Log:
         self.numbers(step, values)
         self.processes.say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
-    def picture(self, step, image):
-        """Saves a preview (a Pillow image) and logs it."""
-        save_preview(self.out, step, image)
-        if self.board:
-            self.board.add_image("previews", np.asarray(image), step, dataformats="HWC")
-            self.board.flush()
-        if self.run:
-            self.run.log({"previews": require("wandb").Image(image)}, step=step)
-
     @contextlib.contextmanager
     def pause(self):
         """with log.pause(): time that is not training's, as for saves and previews."""
         start = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - start
+        self.since += time.perf_counter() - start
 
     def close(self, step, stopped_by=0):
-        """Ends the bar and the optional logs, which send what is left, and prints how the run ended."""
-        self.bar.close()
+        """Ends the optional logs, which send what is left, and prints how the run ended."""
         if self.board:
             self.board.close()
         if self.run:
             self.run.finish()
+        samples = f", {self.out}/samples.png" if (self.out / "samples.png").exists() else ""
+        text = f"done: {self.out}/last.pt{samples}"
         if self.start >= self.steps:
-            self.processes.say(f"{self.path} has {step} of {self.steps} steps: nothing to do (more with --steps)")
+            text = f"{self.out} has {step} of {self.steps} steps: nothing to do (more with --steps)"
         elif stopped_by:
-            name = signal.Signals(stopped_by).name
-            self.processes.say(f"stopped by {name} at step {step}, saved; the same command resumes")
-        else:
-            samples = f", {self.path}/samples.png" if (self.path / "samples.png").exists() else ""
-            self.processes.say(f"done: {self.path}/last.pt{samples}")
+            text = f"stopped by {signal.Signals(stopped_by).name} at step {step}, saved; the same command resumes"
+        self.processes.say(text)

@@ -225,7 +225,7 @@ def test_a_sample_is_a_function_of_its_number(names):
         for rank in range(world):
             numbers = BatchNumbers(start, 4, 8, micro, rank, world)
             batches = list(training_batches(dataset, numbers, 0, 1.0, workers, CPU))
-            assert len(batches) == len(numbers) == (4 - start) * 8 // (micro * world)
+            assert len(batches) == len(list(numbers)) == (4 - start) * 8 // (micro * world)
             for ks, batch in zip(numbers, batches):
                 for i, k in enumerate(ks):
                     seen[k] = {key: value[i] for key, value in batch.items()}
