@@ -1,8 +1,7 @@
 """Saving so that nothing is lost, and loading so that nothing wrong gets in.
 
-A checkpoint is one torch.save of a plain dict: "format", "config" (as a dict), "ema", and in training
-also "model", "optimizers", "step" and whatever runtime/run_folder.py needs to resume. Only tensors, numbers, strings,
-lists and dicts, so that torch.load(weights_only=True) reads it and no file can run code.
+A checkpoint is one torch.save of a plain dict: "format", "config", "ema" and, of a run, what run_folder.py adds. Only
+tensors, numbers, strings, lists and dicts, so that torch.load(weights_only=True) reads it and no file can run code.
 
     python -m runtime.checkpoint export runs/x/last.pt shared.pt [--half] [--reference]   # weights alone, for sharing
 
@@ -21,12 +20,11 @@ from runtime.files import UserError, load_tensors, load_weights, run, whole_file
 from text_model import TextPixNerd, TextPixNerdConfig
 
 FORMAT = "pixnerd 1"
-MODELS = {PixNerdConfig: PixNerd, TextPixNerdConfig: TextPixNerd}
 
 
 def build_model(config):
     """The model of a configuration, newly initialised: PixNerd(config) or TextPixNerd(config)."""
-    return MODELS[type(config)](config)
+    return PixNerd(config) if isinstance(config, PixNerdConfig) else TextPixNerd(config)
 
 
 class _Sink:
@@ -103,10 +101,7 @@ def load_model(path, weights="ema"):
 
 
 def checked_config(state, path):
-    """The PixNerdConfig or TextPixNerdConfig of a loaded checkpoint of ours, told apart by their fields.
-
-    UserError for another format or unknown fields.
-    """
+    """The configuration in a loaded checkpoint of ours, of either model. UserError for a format or field unknown."""
     if state.get("format") != FORMAT or not isinstance(state.get("config"), dict):
         raise UserError(f"{path} has format {state.get('format')!r}; this version reads {FORMAT!r}")
     kind = TextPixNerdConfig if "text_width" in state["config"] else PixNerdConfig
@@ -132,10 +127,9 @@ def check_same(saved, wanted, path, note=""):
 def start_from(model, path, class_names):
     """--init: gives `model` the EMA weights of a checkpoint, and says in words what was done.
 
-    Every setting of the configuration must be the same, but for those that are marked fine_tuning: another resolution
-    interpolates positions, and other classes (by number or, where the checkpoint has them, by name) get a new class
-    embedding, only that. A text model may learn other captions, of the same encoder. Raises UserError, with the flags
-    that fit, and FileNotFoundError.
+    Every setting of the configuration must be the same unless it is marked fine_tuning: another resolution interpolates
+    positions, and other classes (by number or, where the checkpoint has them, by name) get a new class embedding, only
+    that. Raises UserError, with the flags that fit, and FileNotFoundError.
     """
     source, classes = load_model(path), isinstance(model, PixNerd)
     if type(source) is not type(model):

@@ -54,10 +54,9 @@ class RunFolder:
     def find(self, identity, dataset, accept_changed_data=False, mmap=False):
         """Elects the checkpoint to resume, if there is one, and makes sure that it is of this very run.
 
-        Returns the data set, its classes numbered as in the run so far. Rank 0 chooses, so that all ranks take the same
-        checkpoint even if another appears meanwhile. mmap: read the weights straight from the disk's cache, which the
-        processes of a machine share; for a GPU only, since on a CPU the optimizer would live in a file that is pruned
-        later. Raises UserError.
+        Returns the data set, its classes numbered as in the run so far. Rank 0 chooses, or ranks might differ. mmap: read
+        the weights straight from the disk's cache, which the processes of a machine share; for a GPU only, since on a
+        CPU the optimizer would live in a file that is pruned later. Raises UserError.
         """
         self.identity, self.fingerprint = identity, dataset.fingerprint
         found = load_run(self.path, self.processes.say, mmap) if self.processes.rank == 0 else None
@@ -122,10 +121,7 @@ class RunFolder:
 
 
 def save_run(folder, state, keep=2):
-    """Saves state as folder/step-N.pt, also called last.pt, then prunes to the newest `keep` (at least 2).
-
-    Old files go only after the new one is safe. Raises OSError.
-    """
+    """Saves state as folder/step-N.pt, also called last.pt, and only then prunes to the newest `keep` (at least 2)."""
     path = pathlib.Path(folder) / f"step-{state['step']:08d}.pt"
     save_checkpoint(path, state)
     name_last(path)
@@ -135,30 +131,24 @@ def save_run(folder, state, keep=2):
 
 
 def name_last(path):
-    """Gives a run's checkpoint its second name, last.pt. Raises OSError.
-
-    A hard link, not a symbolic one, so that copying or moving the folder cannot break it; where the file system has no
-    hard links, a copy.
-    """
+    """Gives a run's checkpoint its second name, last.pt: a hard link, which survives moving the folder. OSError."""
     with whole_file(path.with_name("last.pt")) as temporary:
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
-        except OSError:
+        except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
 
 
 def tidy(path):
-    """Tidies the folder of a run that was resumed from the checkpoint `path`. Raises OSError.
+    """After resuming from `path`: newer files, which are damaged, become step-N.damaged. Raises OSError.
 
-    Newer files were passed over as damaged: they become step-N.damaged, or they would count among those to be kept and
-    push out a sound one. And last.pt is made what it was to be, if a kill came between a save and its second name.
+    Or they would count among those to be kept and push out a sound one.
     """
     for newer in run_checkpoints(path.parent):
-        if newer.name > path.name:  # true of all for "last.pt"
+        if newer.name > path.name:
             newer.rename(newer.with_suffix(".damaged"))
-    if path.name != "last.pt":
-        name_last(path)
+    name_last(path)  # a kill may have come between the save and its second name
 
 
 def run_checkpoints(folder):
@@ -167,10 +157,9 @@ def run_checkpoints(folder):
 
 
 def load_run(folder, warn=print, mmap=False):
-    """(path, state) of the newest sound checkpoint in a run's folder, or None where there is none yet.
+    """(path, state) of the newest sound checkpoint in a run's folder (or of a lone last.pt); None where there is none.
 
-    A damaged one is passed over with a warning, for the one before it. A folder may also have last.pt alone. All
-    damaged is a UserError, never a silent restart from zero. mmap: as in `load_checkpoint`.
+    A damaged one is passed over with a warning. All damaged is a UserError, never a silent restart from zero.
     """
     paths = run_checkpoints(folder) or list(pathlib.Path(folder).glob("last.pt"))
     for path in paths:
