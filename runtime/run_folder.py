@@ -54,7 +54,7 @@ class RunFolder:
     def find(self, identity, dataset, accept_changed_data=False, mmap=False):
         """Elects the checkpoint to resume, if there is one, and makes sure that it is of this very run.
 
-        Returns the data set, its classes numbered as in the run so far. Rank 0 chooses, or ranks might differ. mmap: read
+        Returns the data set, its classes numbered as in the run so far. Rank 0 chooses for all ranks. mmap: read
         the weights straight from the disk's cache, which the processes of a machine share; for a GPU only, since on a
         CPU the optimizer would live in a file that is pruned later. Raises UserError.
         """
