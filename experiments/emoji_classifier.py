@@ -2,8 +2,8 @@
 
     python -m experiments.emoji_classifier        # a minute on a CPU
 
-It has to tell Unicode's 98 kinds apart, which are finer than the nine classes. Every tenth picture is held out: it
-shows whether the features hold for new pictures.
+It has to tell Unicode's 98 kinds apart, which are finer than the nine classes. Every tenth picture is held out, to see
+whether the features hold for new ones.
 """
 
 import argparse
@@ -27,13 +27,13 @@ def labelled_emoji():
 
 
 def distort(x, generator):
-    """Moves, mirrors and tints x (B, 3, 32, 32), and adds noise, since 1,700 pictures are few to learn from."""
+    """x (B, 3, 32, 32) moved, mirrored, tinted, with noise: 1,700 pictures are few to learn from. The same shape."""
     top, left = torch.randint(0, 7, (2,), generator=generator).tolist()
-    x = F.pad(x, (3, 3, 3, 3), value=1)[:, :, top : top + SIDE, left : left + SIDE]  # (B, 3, 32, 32)
-    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)  # (B, 3, 32, 32)
-    x = x * (1 + 0.1 * torch.randn(len(x), 3, 1, 1, generator=generator))  # (B, 3, 32, 32)
+    x = F.pad(x, (3, 3, 3, 3), value=1)[:, :, top : top + SIDE, left : left + SIDE]
+    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
+    x = x * (1 + 0.1 * torch.randn(len(x), 3, 1, 1, generator=generator))
     # Little noise: features that learn to overlook much of it would overlook it in generated pictures, too.
-    return x + 0.03 * torch.randn(x.shape, generator=generator)  # (B, 3, 32, 32)
+    return x + 0.03 * torch.randn(x.shape, generator=generator)
 
 
 def train_classifier(images, targets, epochs=20, batch_size=64, seed=0):

@@ -10,12 +10,11 @@ flow.alignment_loss.
 DINOv2 cuts 14-pixel patches and PixNerd 16-pixel ones, so the teacher sees the image at 14/16 of its size:
 256 -> 224 pixels, and both have 16 x 16 tokens, one teacher token for each token of the student.
 
-Letters: B batch, C = 3, H, W the student's image; P = 14 the teacher's patch, Hp x Wp its grid of patches,
-L = Hp Wp; 1+L tokens with the class token in front; D width, Nh heads, Dh = D / Nh. M = 37, the side of the
-grid that the published position embedding was trained on (518 pixels).
+Letters: B batch, C = 3, H, W the student's image; P = 14 the teacher's patch, Hp x Wp its grid of patches, L = Hp Wp;
+1+L tokens with the class token in front; D width, Nh heads, Dh = D / Nh. M = 37, the side of the grid that the published
+position embedding was trained on (518 pixels). Parameter names are those of the published files.
 
-Left out: everything that only training DINOv2 needs (masking, stochastic depth, the heads of its losses), and
-the variants with register tokens. Parameter names are those of the published files.
+Left out: what only training DINOv2 needs (masking, stochastic depth, the heads of its losses), register tokens.
 """
 
 import math
@@ -42,10 +41,8 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, 1+L, 3, Nh, Dh)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, Nh, 1+L, Dh)
-        # softmax(q k^T / sqrt(Dh)) v, in one fused kernel that never stores the (1+L) x (1+L) weights
         x = F.scaled_dot_product_attention(q, k, v)  # (B, Nh, 1+L, Dh)
-        x = x.transpose(1, 2).flatten(2)  # (B, 1+L, D)
-        return self.proj(x)  # (B, 1+L, D)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, 1+L, D)
 
 
 class SwiGLU(nn.Module):
@@ -85,46 +82,33 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         # nn.GELU() is the exact one (erf); the usual tanh approximation is off by up to 5e-4 at each.
-        self.mlp = (
-            SwiGLU(dim)
-            if swiglu
-            else nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-        )
+        plain = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        self.mlp = SwiGLU(dim) if swiglu else nn.Sequential(plain)
         self.ls2 = LayerScale(dim)
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))  # (B, 1+L, D)
-        x = x + self.ls2(self.mlp(self.norm2(x)))  # (B, 1+L, D)
-        return x  # (B, 1+L, D)
+        return x + self.ls2(self.mlp(self.norm2(x)))  # (B, 1+L, D)
 
 
 class DINOv2(nn.Module):
     """A DINOv2 vision transformer that returns patch tokens, frozen and in eval mode from the start.
 
     img_size: side in pixels of the images its position embedding was made for (518 in the published files).
-    patch_size: P, 14. embed_dim: D. depth: number of blocks. num_heads: Nh.
     swiglu: the gated feed-forward, which only ViT-g has.
-    ViT-S/B/L/g: D = 384, 768, 1024, 1536; depth 12, 12, 24, 40; Nh = D / 64.
-    Raises ValueError where the patch does not divide the image or the heads the width.
+    ViT-S/B/L/g: embed_dim D = 384, 768, 1024, 1536; depth 12, 12, 24, 40; num_heads Nh = D / 64.
     Source: arXiv 2304.07193, and the shapes of the published weights.
     """
 
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, swiglu=False):
         super().__init__()
-        if img_size % patch_size or embed_dim % num_heads:
-            raise ValueError(
-                f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
-                f"embed_dim {embed_dim} of num_heads {num_heads}"
-            )
         self.patch_size, self.width = patch_size, embed_dim
         self.grid = img_size // patch_size  # M
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, embed_dim))  # class token first
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))  # unused here, but in the files
         # A convolution whose stride is its size is one Linear applied to each patch.
-        self.patch_embed = nn.Sequential(
-            OrderedDict(proj=nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size))
-        )
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, swiglu) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         # Mean and deviation of ImageNet's training images, per channel. Not persistent: not in the files.
@@ -136,26 +120,20 @@ class DINOv2(nn.Module):
         """The learned embedding resampled to a grid of rows x cols patches: (1, 1 + rows * cols, D)."""
         if rows == cols == self.grid:
             return self.pos_embed  # (1, 1+L, D)
-        class_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]  # (1, 1, D), (1, M*M, D)
-        patch_pos = patch_pos.unflatten(1, (self.grid, self.grid))  # (1, M, M, D)
+        patch_pos = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)  # (1, D, M, M)
         # The 0.1 was meant to keep floor(M * scale) from losing a patch to rounding. But F.interpolate also places its
         # samples by the given scale, so every position moves a little (except on the native grid, above). The
         # published features are computed in this way: pass the scale, not the size.
         scale = ((rows + 0.1) / self.grid, (cols + 0.1) / self.grid)
-        patch_pos = F.interpolate(
-            patch_pos.permute(0, 3, 1, 2), scale_factor=scale, mode="bicubic", antialias=False
-        )  # (1, D, Hp, Wp)
-        return torch.cat([class_pos, patch_pos.flatten(2).transpose(1, 2)], dim=1)  # (1, 1+L, D)
+        patch_pos = F.interpolate(patch_pos, scale_factor=scale, mode="bicubic", antialias=False)  # (1, D, Hp, Wp)
+        return torch.cat([self.pos_embed[:, :1], patch_pos.flatten(2).transpose(1, 2)], dim=1)  # (1, 1+L, D)
 
     @torch.no_grad()
     def forward(self, images, student_patch=16):
-        """Features of every patch, after the final norm.
+        """Features of every patch, after the final norm: (B, L, D), patches row-major, no class token.
 
-        images: (B, 3, H, W), RGB in [0, 1] (not the student's [-1, 1]), at the student's size.
-        student_patch: the student's patch side, 16 in every published PixNerd. Images are resized by
-            P / student_patch, so that both networks have the same grid.
-        Returns (B, L, D) with L = (H / student_patch) (W / student_patch), patches row-major, no class token.
-        Raises ValueError where student_patch does not divide H and W.
+        images: (B, 3, H, W), RGB in [0, 1] (not the student's [-1, 1]), at the student's size. They are resized by
+        P / student_patch, so that both networks have the same grid. ValueError where the patch does not divide H and W.
         """
         height, width = images.shape[-2:]
         if height % student_patch or width % student_patch:
@@ -165,25 +143,19 @@ class DINOv2(nn.Module):
         x = (images - self.mean) / self.std  # (B, C, H, W)
         # Without antialiasing, as in PixNerd's training; with it the teacher would see a blurrier image.
         x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=False)  # (B, C, Hp*P, Wp*P)
-        x = self.patch_embed(x)  # (B, D, Hp, Wp)
-        x = x.flatten(2).transpose(1, 2)  # (B, L, D)
-        cls_token = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
-        x = torch.cat([cls_token, x], dim=1)  # (B, 1+L, D)
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, L, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+L, D)
         x = x + self.position_embedding(rows, cols)  # (B, 1+L, D)
         for block in self.blocks:
             x = block(x)  # (B, 1+L, D)
         return self.norm(x)[:, 1:]  # (B, L, D)
 
 
-def load_dinov2(path=None, num_heads=None):
-    """Return a frozen DINOv2 with the weights of a published file.
+def load_dinov2(path=None):
+    """A frozen DINOv2 (float32, CPU) with the weights of a published file, whose shapes tell the architecture.
 
-    path: the file; None downloads ViT-B/14 once into torch.hub's cache.
-    num_heads: Nh, which is not in the file. Every published model has heads of 64 channels, so the default is D / 64
-        where that is whole; a toy of another width gets one head.
-    Returns a DINOv2 (fp32, CPU, eval mode, no gradients); its architecture follows from the shapes in the file.
-    Raises UserError for a file that is damaged or something else, and if there is neither a path nor a network;
-    FileNotFoundError for a path without a file.
+    path: the file; None downloads ViT-B/14 once into torch.hub's cache. Heads have 64 channels, as in every published
+    model; a narrower toy has one head. Raises UserError (damaged, another network, no download), FileNotFoundError.
     """
     path = path or cached_download(URL, flag="--dino")
     weights = load_tensors(path)
@@ -191,8 +163,8 @@ def load_dinov2(path=None, num_heads=None):
         width, _, patch, _ = weights["patch_embed.proj.weight"].shape
         grid = math.isqrt(weights["pos_embed"].shape[1] - 1)  # M; one position is the class token's
         depth = sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in weights)
-        heads = num_heads or (width // 64 if width % 64 == 0 else 1)
-        model = DINOv2(grid * patch, patch, width, depth, heads, swiglu="blocks.0.mlp.w12.weight" in weights)
+        swiglu = "blocks.0.mlp.w12.weight" in weights
+        model = DINOv2(grid * patch, patch, width, depth, max(1, width // 64), swiglu)
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError):
         raise UserError(f"{path} does not hold the weights of a DINOv2")
     load_weights(model, weights, path)  # strict: another architecture would give features that are silently wrong

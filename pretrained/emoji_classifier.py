@@ -5,11 +5,10 @@
     python -m experiments.emoji_classifier                                          # trains it again: a minute
 
 The emoji distance is FID's formula on this network's 64 features: it tells whether a model of the emoji gets better.
-It is NOT FID, and comparable only with emoji distances of as many samples that were drawn with the same settings.
-Lower is better. The scale: each feature has a variance of about 1 over the real pictures, so a model that draws the
-average picture every time is at about 64; two halves of the real pictures are about 1 apart. A model that this network
-taught is flattered by the distance: compare it only with others that were.
-Left out: telling copies of the training pictures from new drawings.
+It is NOT FID, and comparable only with emoji distances of as many samples that were drawn with the same settings, of
+models that this network taught only with others that it taught. Lower is better. Each feature has a variance of about 1
+over the real pictures, so a model that draws the average picture every time is at about 64; two halves of the real
+pictures are about 1 apart. Left out: telling copies of the training pictures from new drawings.
 """
 
 import hashlib
@@ -28,10 +27,7 @@ WIDTH = 64  # few, so that hundreds of pictures settle the 64 x 64 covariance; I
 
 
 class EmojiClassifier(nn.Module):
-    """A convolutional classifier of emoji at 32 pixels, 0.3 M parameters, with a bottleneck of 64 features.
-
-    What eval_fid.py asks of a feature network is documented in runtime/feature_networks.py.
-    """
+    """Classifies emoji of 32 pixels; 0.3 M parameters, 64 features. A feature network (runtime/feature_networks.py)."""
 
     title, widths, side = "emoji distance", (WIDTH, None), SIDE
     least = 2 * WIDTH  # of fewer pictures, the covariance is mostly chance
@@ -50,14 +46,11 @@ class EmojiClassifier(nn.Module):
 
     def last_map(self, x):
         """x (B, 3, 32, 32) in [-1, 1] -> features of each 8x8 pixels and their surroundings, (B, 128, 4, 4)."""
-        h = self.stage1(x)  # (B, 32, 16, 16)
-        h = self.stage2(h)  # (B, 64, 8, 8)
-        return self.stage3(h)  # (B, 128, 4, 4)
+        return self.stage3(self.stage2(self.stage1(x)))  # (B, 32, 16, 16), (B, 64, 8, 8), (B, 128, 4, 4)
 
     def features(self, x):
         """x (B, 3, 32, 32) in [-1, 1] -> (B, 64)."""
-        h = self.last_map(x).mean((2, 3))  # (B, 128)
-        return self.norm(self.project(h))  # (B, 64)
+        return self.norm(self.project(self.last_map(x).mean((2, 3))))  # (B, 64)
 
     def logits(self, features):
         """features (B, 64) -> logits of the 98 kinds, (B, 98)."""
@@ -65,10 +58,7 @@ class EmojiClassifier(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """uint8 (B, 3, 32, 32), RGB -> features float32 (B, 64), None, logits float32 (B, 98).
-
-        None: these features have no positions, as sFID's do. Raises UserError for pictures of another kind or size.
-        """
+        """uint8 (B, 3, 32, 32), RGB -> features float32 (B, 64), None, logits float32 (B, 98). UserError for others."""
         if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
             raise UserError(f"expected uint8 pictures (B, 3, {SIDE}, {SIDE}), got {images.dtype} {tuple(images.shape)}")
         features = self.features(images.float() / 127.5 - 1)  # (B, 64)
@@ -96,14 +86,9 @@ class EmojiTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, student_patch=PATCH):
-        """images (B, 3, 32, 32), RGB in [0, 1] -> tokens (B, 16, 128), row by row. ValueError for other patches."""
-        if images.shape[-2:] != (SIDE, SIDE) or student_patch != PATCH:
-            size = tuple(images.shape[-2:])
-            raise ValueError(
-                f"the emoji teacher takes {SIDE}x{SIDE} in patches of {PATCH}, not {size}, {student_patch}"
-            )
-        tokens = self.classifier.last_map(images * 2 - 1)  # (B, 128, 4, 4)
-        return tokens.flatten(2).transpose(1, 2)  # (B, 16, 128)
+        """images (B, 3, 32, 32), RGB in [0, 1] -> tokens (B, 16, 128), row by row. UserError for other sizes, patches."""
+        self.check("emoji", images.shape[-1], student_patch)
+        return self.classifier.last_map(images * 2 - 1).flatten(2).transpose(1, 2)  # (B, 16, 128)
 
 
 def load_emoji_classifier(path=None):
@@ -114,6 +99,5 @@ def load_emoji_classifier(path=None):
     path = path or WEIGHTS_FILE
     model = EmojiClassifier().eval().requires_grad_(False)
     load_weights(model, load_tensors(path).get("features"), path)
-    with open(path, "rb") as file:
-        model.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    model.sha256 = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
     return model

@@ -77,34 +77,26 @@ def import_reference(state_dict, path="the file"):
 
 
 def _config(state_dict):
+    """The configuration of a released model, by the shapes and the number of its weights."""
+
+    def count(pattern):
+        return sum(re.fullmatch(pattern, key) is not None for key in state_dict)
+
     width, patch_values = state_dict["s_embedder.proj.weight"].shape
     field_width, field_inputs = state_dict["x_embedder.embedder.0.weight"].shape
-    depth = len([key for key in state_dict if re.fullmatch(r"blocks\.\d+\.attn\.proj\.weight", key)])
-    shared = {
-        "patch_size": round((patch_values / 3) ** 0.5),
-        "hidden_size": width,
-        "num_heads": width // len(state_dict["blocks.0.attn.q_norm.weight"]),
-        "depth": depth,
-        "field_depth": len([key for key in state_dict if key.endswith(".param_generator1.0.bias")]),
-        "field_width": field_width,
-        "field_ratio": len(state_dict[f"blocks.{depth}.param_generator1.0.bias"]) // (2 * field_width**2),
-    }
+    patch, depth = round((patch_values / 3) ** 0.5), count(r"blocks\.\d+\.attn\.proj\.weight")
+    hidden = len(state_dict[f"blocks.{depth}.param_generator1.0.bias"]) // (2 * field_width)
+    shared = {"patch_size": patch, "hidden_size": width, "depth": depth, "field_width": field_width}
+    shared |= {"num_heads": width // len(state_dict["blocks.0.attn.q_norm.weight"])}
+    shared |= {"field_depth": count(r"blocks\..*\.param_generator1\.0\.bias"), "field_ratio": hidden // field_width}
     if "y_pos_embedding" not in state_dict:
-        return PixNerdConfig(
-            num_classes=len(state_dict["y_embedder.embedding_table.weight"]) - 1,
-            resolution=16 * shared["patch_size"],
-            num_freqs=round((field_inputs - 3) ** 0.5),
-            **shared,
-        )
-    return TextPixNerdConfig(
-        text_encoder="qwen3",
-        text_width=state_dict["y_embedder.proj.weight"].shape[1],
-        text_length=state_dict["y_pos_embedding"].shape[1],
-        text_depth=len([key for key in state_dict if re.fullmatch(r"text_refine_blocks\.\d+\.norm1\.weight", key)]),
-        resolution=32 * shared["patch_size"],
-        num_freqs=(field_inputs - 3) // 2,
-        **shared,
-    )
+        classes = len(state_dict["y_embedder.embedding_table.weight"]) - 1
+        freqs = round((field_inputs - 3) ** 0.5)
+        return PixNerdConfig(num_classes=classes, resolution=16 * patch, num_freqs=freqs, **shared)
+    shared |= {"text_depth": count(r"text_refine_blocks\.\d+\.norm1\.weight"), "text_encoder": "qwen3"}
+    shared |= {"text_length": state_dict["y_pos_embedding"].shape[1]}
+    shared |= {"text_width": state_dict["y_embedder.proj.weight"].shape[1]}
+    return TextPixNerdConfig(resolution=32 * patch, num_freqs=(field_inputs - 3) // 2, **shared)
 
 
 def export_reference(model):

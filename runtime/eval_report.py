@@ -20,40 +20,27 @@ PUBLISHED = {  # paper, ImageNet 256x256 after 160 epochs; FID, sFID, IS
 def warnings_about(reference, samples, network):
     """Lines on what a reader of the numbers must know about these Pictures and this network."""
     if network.title != "FID":
-        return [
-            f"the {network.title} is not FID: compare it only with others of {samples.count} samples, drawn with "
-            "the same settings"
-        ]
-    warnings = []
-    if reference.size != samples.size:
-        (height, width), (rows, columns) = reference.size, samples.size
-        warnings.append(
-            f"the reference has {width}x{height} pixels, the samples {columns}x{rows}: blur counts as a difference"
-        )
-    if samples.count < ENOUGH:
-        warnings.append(f"{samples.count} samples: published numbers use 50,000; fewer make FID larger")
-    if samples.sorted_labels:
-        warnings.append("the samples are sorted by class (arr_1): that collapses the Inception Score; shuffle them")
-    if samples.stored:
-        warnings.append("FID and sFID use the statistics stored with the samples, not their pictures")
-    if not network.sha256.startswith(SHA256_PREFIX):
-        warnings.append(f"the weights are not the published file {SHA256_PREFIX}: nothing is comparable")
-    return warnings
+        others = f"others of {samples.count} samples, drawn with the same settings"
+        return [f"the {network.title} is not FID: compare it only with {others}"]
+    (height, width), (rows, columns) = reference.size, samples.size
+    sizes = f"the reference has {width}x{height} pixels, the samples {columns}x{rows}"
+    foreign = not network.sha256.startswith(SHA256_PREFIX)
+    found = [
+        (reference.size != samples.size, f"{sizes}: blur counts as a difference"),
+        (samples.count < ENOUGH, f"{samples.count} samples: published numbers use 50,000; fewer make FID larger"),
+        (samples.sorted_labels, "the samples are sorted by class: that collapses the Inception Score; shuffle them"),
+        (samples.stored, "FID and sFID use the statistics stored with the samples, not their pictures"),
+        (foreign, f"the weights are not the published file {SHA256_PREFIX}: nothing is comparable"),
+    ]
+    return [warning for applies, warning in found if applies]
 
 
 def settings_of(reference, samples, network, device, processes):
     """What was compared by which network, as plain values for the JSON."""
-    return {
-        "reference_count": reference.count,
-        "reference_size": reference.size,
-        "reference_statistics": "stored" if reference.stored else "computed",
-        "samples_count": samples.count,
-        "samples_size": samples.size,
-        "weights_sha256": network.sha256,
-        "device": str(device),
-        "processes": processes,
-        "torch": torch.__version__,
-    }
+    settings = {"reference_count": reference.count, "reference_size": reference.size}
+    settings["reference_statistics"] = "stored" if reference.stored else "computed"
+    settings |= {"samples_count": samples.count, "samples_size": samples.size, "weights_sha256": network.sha256}
+    return settings | {"device": str(device), "processes": processes, "torch": torch.__version__}
 
 
 def write_report(path, metrics, settings, warnings, speed):
@@ -74,6 +61,5 @@ def print_table(metrics):
     print(f"\n{'':15}{'this run':>10}" + "".join(f"{name:>17}" for name in published), end="")
     print("   (paper, ImageNet 256)" if published else "   (not FID)")
     for row, (name, value) in enumerate(metrics.items()):
-        # The paper's table has no precision and recall.
         beside = [numbers[row] if row < len(numbers) else "-" for numbers in published.values()]
         print(f"{name:15}{value:10.4f}" + "".join(f"{number:>17}" for number in beside))

@@ -4,14 +4,12 @@ network(images) takes uint8 (B, 3, H, W) on its device and returns, in float32 a
     pool     (B, D)            features of whole pictures: the distance is computed from these
     spatial  (B, S) or None    features that have positions, for sFID
     logits   (B, K)            of its classes
-and it has
+and it has .logits(pool), the logits again, .sha256 of its file of weights, and as attributes of the class, so that much
+can be checked before any weights are loaded,
     .title           the name of its Frechet distance: "FID", "emoji distance"
     .widths          (D, S or None)
     .side            the only height and width in pixels that it takes; None: any
     .least           the fewest pictures for a distance
-    .logits(pool)    the logits again, (B, K)
-    .sha256          of the file of weights
-All but the last two are attributes of the class too, so that much can be checked before any weights are loaded.
 """
 
 from pretrained.emoji_classifier import EmojiClassifier, load_emoji_classifier

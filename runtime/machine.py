@@ -1,12 +1,7 @@
-"""The machine under the program: which device and precision, what it can compile, how much memory it has.
-
-The scripts ask here, and the answers are the same for training, sampling and measuring. Nothing else depends on the
-device.
-"""
+"""The machine under the program: which device and precision, what it can compile, how much memory it has."""
 
 import contextlib
 import ctypes
-import os
 import re
 
 import torch
@@ -40,19 +35,14 @@ def pick_precision(name, device):
 
     That is on GPUs, and on CPUs with AMX or AVX512-BF16 instructions; elsewhere a CPU emulates bf16 slowly.
     """
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16"
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+    fast = device.type == "cuda" or able.get("amx_bf16") or able.get("avx512_bf16")
+    return name if name != "auto" else "bf16" if fast else "fp32"
 
 
 def autocast(device, precision):
     """The context in which a forward pass runs: matrix products in bf16, weights and sums in float32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextlib.contextmanager
@@ -84,9 +74,9 @@ def attention(q, k, v):
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer for inference on a CPU whose weights lie ready, in the blocks that oneDNN's product reads.
+    """A linear layer for inference on a CPU, its weights already in the blocks that oneDNN's product reads.
 
-    nn.Linear sorts them into blocks at every call. For the 256 tokens of one image, that is a good part of the work.
+    nn.Linear sorts them at every call: for the 256 tokens of one image, a good part of the work.
     """
 
     def __init__(self, linear):
@@ -100,7 +90,7 @@ class PackedLinear(torch.nn.Module):
 
 
 def freeze(model, precision, pack=True):
-    """Prepares a model for inference only, in place: no way back to training.
+    """Prepares a model for inference only, in place.
 
     bf16: casts the weights of linear layers once, where autocast would do so at every call; half the memory, and the
     same numbers to the last bit. pack: on a CPU, large linear layers become PackedLinear, which torch.compile cannot
@@ -109,30 +99,25 @@ def freeze(model, precision, pack=True):
     # A CPU without bf16 instructions computes in it all the same, but cannot pack.
     pack = pack and torch.backends.mkldnn.is_available()
     pack = pack and (precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.Linear):
-                if precision == "bf16":
-                    child.bfloat16()
-                large = child.weight.numel() >= 2**18 and child.weight.device.type == "cpu"  # small layers gain nothing
-                if pack and large:
-                    setattr(module, name, PackedLinear(child))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            if precision == "bf16":
+                layer.bfloat16()
+            if pack and layer.weight.device.type == "cpu" and layer.weight.numel() >= 2**18:  # small ones gain nothing
+                model.set_submodule(name, PackedLinear(layer))
 
 
-def keep_memory(keep=True):
+def keep_memory():
     """Makes the C library keep freed memory for the next tensor. Linux with glibc; nothing happens elsewhere.
 
     By itself it gives large blocks back to the system, which hands them out again page by page, zeroed: up to a quarter
-    of the time of a bf16 training step of L's shape went there, for 5 to 8 % less memory. keep=False gives back every
-    block above 64 kB, so that the memory in use can be measured.
+    of the time of a bf16 training step of L's shape went there, for 5 to 8 % less memory.
     """
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    # M_MMAP_THRESHOLD: larger tensors go back when they are freed. glibc before 2.35 takes 32 MB at most.
-    mallopt(-3, 2**30 if keep else 2**16) or mallopt(-3, 2**25)
-    mallopt(-1, 2**31 - 1 if keep else 0)  # M_TRIM_THRESHOLD: how much of the others is kept
+        # M_MMAP_THRESHOLD: larger tensors go back when they are freed. glibc before 2.35 takes 32 MB at most.
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: how much of the others is kept
 
 
 def compiler_trouble(device="cpu"):
@@ -143,7 +128,6 @@ def compiler_trouble(device="cpu"):
         return str(error).strip().splitlines()[0][:120]
     finally:
         torch.compiler.reset()
-    return None
 
 
 def will_compile(choice, device, say=print):
@@ -163,12 +147,8 @@ def peak_flops(device):
 
 
 def available_memory(device):
-    """Free bytes: of the GPU's memory, or of the machine's where the system tells; else None."""
+    """Free bytes: of the GPU's memory, or of the machine's on Linux; else None."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pages = getattr(os, "sysconf_names", {}).get("SC_AVPHYS_PAGES")
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if pages else None
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

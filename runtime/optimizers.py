@@ -1,11 +1,10 @@
 """AdamW, which the paper trains with, and Muon, with which Nano learns the emoji (`--optimizer`).
 
-PixNerd can be understood without this file. AdamW divides each number of a gradient by its own typical size. Muon
-(Keller Jordan, 2024) looks at a weight matrix as a whole: of the averaged gradient M = U S V^T it keeps U V^T, so that
-directions of which the gradient has little are learned as fast as the few that dominate it. On the emoji that gives the
-same loss after 0.85 to 0.6 of the images (docs/measurements.md), at a cost per step that wants batches of 64 or more.
-torch.optim.Muon does the same one matrix at a time (a test compares the two); stacked by shape it takes 0.6 of the
-time on a CPU. Left out: sharing Muon's work between processes; each does all of it.
+AdamW divides each number of a gradient by its own typical size. Muon (Keller Jordan, 2024) looks at a weight matrix as a
+whole: of the averaged gradient M = U S V^T it keeps U V^T, so that directions of which the gradient has little are
+learned as fast as the few that dominate it. On the emoji that gives the same loss after 0.85 to 0.6 of the images
+(docs/measurements.md), at a cost per step that wants batches of 64 or more. torch.optim.Muon does the same one matrix at
+a time (a test compares the two); stacked by shape it takes 0.6 of the time on a CPU. Each process does all the work.
 """
 
 import torch
@@ -18,10 +17,9 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at 0, so that small singular values
 def orthogonalise(matrices, rounds=5):
     """U V^T of each of the matrices (N, rows, columns), roughly, by Newton-Schulz. Same shape and dtype.
 
-    In bfloat16 where the machine is fast in it, since rough is enough; float32 elsewhere, where a CPU would emulate it.
-
     X (X^T X)^k has the singular vectors of X and its singular values to the power 2k + 1. So X <- a X + b (X X^T) X +
-    c (X X^T)^2 X changes each singular value s to a s + b s^3 + c s^5, which drives all of (0, 1] towards 1.
+    c (X X^T)^2 X changes each singular value s to a s + b s^3 + c s^5, which drives all of (0, 1] towards 1. Rough is
+    enough: it is done in bfloat16 where the machine is fast in it.
     """
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -49,25 +47,23 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One update of all matrices that have a gradient, those of one shape together."""
         for group in self.param_groups:
-            by_shape = {}
+            lr, momentum, by_shape = group["lr"], group["momentum"], {}
             for p in group["params"]:
                 if p.grad is not None:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), same in by_shape.items():
+            for shape, same in by_shape.items():
                 grads = [p.grad for p in same]
                 averages = [self.state[p]["momentum"] for p in same]
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov: one step further
+                torch._foreach_lerp_(averages, grads, 1 - momentum)
+                ahead = torch._foreach_lerp(grads, averages, momentum)  # Nesterov: one step further
                 directions = orthogonalise(torch.stack(ahead))  # (N, rows, columns)
                 directions = torch.where(self.found_inf > 0, 0, directions)  # (N, rows, columns)
                 if group["weight_decay"]:
-                    torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"] * (self.found_inf == 0))
+                    torch._foreach_mul_(same, 1 - lr * group["weight_decay"] * (self.found_inf == 0))
                 # The numbers of U V^T have a root mean square of 1 / sqrt(longer side); AdamW's steps are about 0.2.
-                torch._foreach_add_(
-                    same, list(directions.unbind()), alpha=-0.2 * group["lr"] * max(rows, columns) ** 0.5
-                )
+                torch._foreach_add_(same, list(directions.unbind()), alpha=-0.2 * lr * max(shape) ** 0.5)
 
 
 def make_optimizers(model, name, lr, weight_decay=0.0):

@@ -20,18 +20,16 @@ from neural_field import NeuralField
 PARTS = 8
 
 
-def _field(module, *inputs):
-    if not isinstance(module, NeuralField):
-        return module(*inputs)
-    rgb, s, height, width = inputs  # (N, P2, C), (N, D)
-    parts = zip(rgb.chunk(PARTS), s.chunk(PARTS))
-    return torch.cat([checkpoint(module, *part, height, width, use_reentrant=False) for part in parts])  # (N, P2, C)
-
-
 def _all(module, *inputs):
-    if isinstance(module, NeuralField):
-        return _field(module, *inputs)
-    return checkpoint(module, *inputs, use_reentrant=False)
+    if not isinstance(module, NeuralField):
+        return checkpoint(module, *inputs, use_reentrant=False)
+    rgb, s, *size = inputs  # (N, P2, C), (N, D), height and width
+    parts = zip(rgb.chunk(PARTS), s.chunk(PARTS))
+    return torch.cat([checkpoint(module, *part, *size, use_reentrant=False) for part in parts])  # (N, P2, C)
+
+
+def _field(module, *inputs):
+    return _all(module, *inputs) if isinstance(module, NeuralField) else module(*inputs)
 
 
 RECOMPUTE = {"none": plainly, "field": _field, "all": _all}  # for model.call

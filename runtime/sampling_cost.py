@@ -6,18 +6,17 @@ from runtime.files import UserError
 from runtime.flops import forward_flops
 from runtime.machine import available_memory, will_compile
 
-# Operations from which --compile auto compiles. On CPUs, packed weights (machine.freeze) are faster in fp32 and nearly
-# as fast in bf16, where compiling saves a fiftieth of the time and costs 10 to 20 s: even at eight images of XL, 200
-# TFLOP. The compiler cannot read packed weights, so it is one or the other. Counted and not timed: the same command
-# does the same. On GPUs: 20,000 TFLOP.
+# Operations from which --compile auto compiles; elsewhere 20,000 TFLOP. The compiler cannot read packed weights
+# (machine.freeze), which on CPUs are faster in fp32 and nearly as fast in bf16: there compiling saves a fiftieth of the
+# time and costs 10 to 20 s, so it pays from eight images of XL on. Counted, not timed: the same command does the same.
 COMPILE_PAYS = {("cpu", "bf16"): 200e12, ("cpu", "fp32"): float("inf")}
 
 
 def check_memory(config, images, size, grid, device, kept=0, frames=0):
-    """UserError where a batch plainly does not fit: an estimate of its activations against the memory that is free.
+    """UserError where `images` in a batch plainly do not fit: their activations, estimated, against the free memory.
 
-    images: in a batch; size: (height, width) in pixels; grid: (rows, columns) of tokens, None for those of `size`.
-    kept: finished pictures that are kept in the machine's memory, each with so many `frames` of a film, to be laid out.
+    size: (height, width) in pixels; grid: (rows, columns) of tokens, None for those of `size`. kept: finished pictures
+    that the machine's memory holds until they are laid out, each with so many `frames` of a film.
     """
     rows, columns = grid or config.token_grid(*size)
     tokens, pixels, D, Dp = rows * columns, size[0] * size[1], config.hidden_size, config.field_width
@@ -25,17 +24,16 @@ def check_memory(config, images, size, grid, device, kept=0, frames=0):
     values = max(tokens * 8 * 4 * D, 4 * (tokens * 2 * config.field_ratio * Dp**2 + pixels * 2 * Dp))
     batch = 2 * images * values * 4  # bytes: both halves of guidance, in float32
     stored = kept * 3 * pixels * (3 + 4 * frames)  # bytes: drawn, joined, in the grid; a frame is a pair, twice
-    _compare(f"{images} images of {size[0]}x{size[1]}", batch, device, "--batch-size")
-    _compare("all the pictures together", stored + (batch if device.type == "cpu" else 0), torch.device("cpu"), "--num")
-
-
-def _compare(what, need, device, flag):
-    free = available_memory(device)
-    if free is not None and need > free:
-        raise UserError(
-            f"{what} need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-            f"use a smaller {flag}, --resolution or --upscale"
-        )
+    cpu, of_batch = torch.device("cpu"), f"{images} images of {size[0]}x{size[1]}"
+    in_all = stored + (batch if device.type == "cpu" else 0)
+    for what, need, where, flag in (
+        (of_batch, batch, device, "--batch-size"),
+        ("all the pictures together", in_all, cpu, "--num"),
+    ):
+        free = available_memory(where)
+        if free is not None and need > free:
+            reason = f"{what} need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            raise UserError(f"{reason}: use a smaller {flag}, --resolution or --upscale")
 
 
 def pick_compile(choice, config, size, grid, evaluations, precision, device, say):

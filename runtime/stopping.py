@@ -1,4 +1,4 @@
-"""How a run ends early: a signal is a wish of one rank, which all ranks agree on at the end of a step."""
+"""How a run ends early: a signal reaches one rank, and all ranks agree at the end of a step."""
 
 import contextlib
 import signal
@@ -10,21 +10,19 @@ class Stopping:
     """From its making on, the signals of STOPPING end no process: they are noted, and `agreed` tells all ranks."""
 
     def __init__(self, processes):
-        self.processes = processes
-        self.wish = 0  # the number of a signal that reached this rank; only a signal changes it
-        self.decision = 0  # the last result of `agreed`
+        self.processes, self.received, self.decision = processes, 0, 0
         for number in STOPPING:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        self.wish = number
+        self.received = number
 
     def agreed(self):
-        """The signal that any rank has got so far, or 0; the same on all ranks, which must all ask.
+        """The signal that any rank has received so far, or 0; the same on all ranks, which must all ask.
 
-        A signal that arrives while the ranks vote stays noted and counts at the next vote.
+        Only a signal changes `received`: one that arrives while the ranks vote counts at the next vote.
         """
-        self.decision = self.processes.largest(self.wish)
+        self.decision = self.processes.largest(self.received)
         return self.decision
 
 

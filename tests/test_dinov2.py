@@ -138,13 +138,6 @@ def test_load_finds_the_architecture_in_the_files_shapes(tmp_path, changes):
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_load_takes_the_number_of_heads_for_a_width_that_64_does_not_divide(tmp_path):
-    """Catches: the golden toy (24 channels, 2 heads) loaded with one head, which runs and is wrong."""
-    torch.save(golden_weights(), tmp_path / "teacher.pth")
-    tokens = load_dinov2(tmp_path / "teacher.pth", num_heads=2)(GOLDEN["raw"])
-    torch.testing.assert_close(tokens, GOLDEN["tokens"], atol=1e-5, rtol=0)
-
-
 def test_without_a_path_the_published_file_is_asked_for_with_its_flag(tmp_path, monkeypatch):
     """Catches: a second download code, a wrong address, an error that does not name --dino."""
 

@@ -142,7 +142,7 @@ def test_the_teacher_tells_what_the_classifier_sees_at_each_place(classifier):
     difference = (teacher(changed, 8) - tokens).norm(dim=-1).sum(0).view(4, 4)
     assert difference.argmax() == 3 and difference[3, 0] == 0  # seen most in the first row's last patch, not across
     for pixels, patch in ((torch.rand(1, 3, 64, 64), 8), (images, 16)):
-        with pytest.raises(ValueError, match="takes 32x32 in patches of 8"):
+        with pytest.raises(UserError, match="at --resolution 32 in patches of 8 only"):
             teacher(pixels, patch)
 
 
