@@ -11,8 +11,8 @@ DINOv2 cuts 14-pixel patches and PixNerd 16-pixel ones, so the teacher sees the 
 256 -> 224 pixels, and both have 16 x 16 tokens, one teacher token for each token of the student.
 
 Letters: B batch, C = 3, H, W the student's image; P = 14 the teacher's patch, Hp x Wp its grid of patches, L = Hp Wp;
-1+L tokens with the class token in front; D width, Nh heads, Dh = D / Nh. M = 37, the side of the grid that the published
-position embedding was trained on (518 pixels). Parameter names are those of the published files.
+1+L tokens with the class token in front; D width, Nh heads, Dh = D / Nh. M = 37, the side of the grid that the
+published position embedding was trained on (518 pixels). Parameter names are those of the published files.
 
 Left out: what only training DINOv2 needs (masking, stochastic depth, the heads of its losses), register tokens.
 """

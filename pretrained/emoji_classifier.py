@@ -86,7 +86,7 @@ class EmojiTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, student_patch=PATCH):
-        """images (B, 3, 32, 32), RGB in [0, 1] -> tokens (B, 16, 128), row by row. UserError for other sizes, patches."""
+        """images (B, 3, 32, 32), RGB in [0, 1] -> tokens (B, 16, 128), row by row. UserError for others."""
         self.check("emoji", images.shape[-1], student_patch)
         return self.classifier.last_map(images * 2 - 1).flatten(2).transpose(1, 2)  # (B, 16, 128)
 

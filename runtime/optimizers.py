@@ -1,10 +1,10 @@
 """AdamW, which the paper trains with, and Muon, with which Nano learns the emoji (`--optimizer`).
 
-AdamW divides each number of a gradient by its own typical size. Muon (Keller Jordan, 2024) looks at a weight matrix as a
-whole: of the averaged gradient M = U S V^T it keeps U V^T, so that directions of which the gradient has little are
+AdamW divides each number of a gradient by its own typical size. Muon (Keller Jordan, 2024) looks at a weight matrix as
+a whole: of the averaged gradient M = U S V^T it keeps U V^T, so that directions of which the gradient has little are
 learned as fast as the few that dominate it. On the emoji that gives the same loss after 0.85 to 0.6 of the images
-(docs/measurements.md), at a cost per step that wants batches of 64 or more. torch.optim.Muon does the same one matrix at
-a time (a test compares the two); stacked by shape it takes 0.6 of the time on a CPU. Each process does all the work.
+(docs/measurements.md), at a cost per step that wants batches of 64 or more. torch.optim.Muon does the same one matrix
+at a time (a test compares the two); stacked by shape it takes 0.6 of the time on a CPU. Each process does all the work.
 """
 
 import torch

@@ -26,26 +26,22 @@ STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": 
 
 @dataclasses.dataclass
 class Pictures:
-    """One side of the comparison before anything is computed.
-
-    size: (height, width). batches(batch_size, rank=0, world=1): an iterator over uint8 (B, 3, H, W), every world-th
-    batch from the rank-th on; None for a file of --save-stats, which has "features" instead of pictures. stored:
-    tensors, those of STATISTICS and "features" that an npz holds. sorted_labels: the npz says that its pictures are
-    sorted by class.
-    """
+    """One side of the comparison before anything is computed."""
 
     name: str
     count: int
-    size: tuple
+    size: tuple  # (height, width)
+    # batches(batch_size, rank=0, world=1): an iterator over uint8 (B, 3, H, W), every world-th batch from the rank-th
+    # on. None for a file of --save-stats, which has "features" instead of pictures.
     batches: Callable | None
-    stored: dict
-    sorted_labels: bool = False
+    stored: dict  # tensors, those of STATISTICS and "features" that an npz holds
+    sorted_labels: bool = False  # the npz says that its pictures are sorted by class
 
 
 def open_pictures(spec, resolution=None, workers=4):
     """spec: an npz, a folder (searched recursively), or "emoji" -> Pictures, after all checks that need no pixels.
 
-    resolution: crop the pictures of a folder to this size; of the emoji, 32 or 64 (default). workers: threads that
+    resolution: to which the pictures of a folder are cropped; of the emoji, 32 or 64 (default). workers: threads that
     decode. Raises UserError, OSError.
     """
     if str(spec) == "emoji":
@@ -82,10 +78,8 @@ def _from_items(name, items, load, workers):
     def load_checked(item):
         picture = load(item)  # (3, H, W)
         if picture.shape[1:] != (height, width):
-            raise UserError(
-                f"{item}: {picture.shape[2]}x{picture.shape[1]} pixels, but the others have {width}x{height}; "
-                "--resolution crops a folder to one size"
-            )
+            sizes = f"{picture.shape[2]}x{picture.shape[1]} pixels, but the others have {width}x{height}"
+            raise UserError(f"{item}: {sizes}; --resolution crops a folder to one size")
         return picture
 
     def batches(batch_size, rank=0, world=1):
@@ -134,62 +128,55 @@ def _npz_errors(path):
 
 def _open_array(archive, key):
     """-> (stream at the first value, shape, dtype). Nothing of the array's claimed size is allocated."""
-    info = archive.getinfo(f"{key}.npy")
+    info, path = archive.getinfo(f"{key}.npy"), archive.filename
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{archive.filename}: {key} is compressed by a method that numpy does not use")
+        raise UserError(f"{path}: {key} is compressed by a method that numpy does not use")
     # Deflate can blow a megabyte up to a gigabyte of zeros. Pictures shrink by less than ten, even drawn ones.
     if info.file_size > 2**30 and info.file_size > 200 * info.compress_size:
-        sizes = f"from {info.compress_size} to {info.file_size} bytes"
-        raise UserError(f"{archive.filename}: {key} would unpack {sizes}")
+        raise UserError(f"{path}: {key} would unpack from {info.compress_size} to {info.file_size} bytes")
     stream = archive.open(info)
-    version = np.lib.format.read_magic(stream)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = header(stream)
+    old = np.lib.format.read_magic(stream) == (1, 0)
+    read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(stream)
     if dtype.hasobject or fortran:
-        raise UserError(f"{archive.filename}: {key} is a Fortran-ordered or pickled array, which is not read")
+        raise UserError(f"{path}: {key} is a Fortran-ordered or pickled array, which is not read")
     # Python's integers do not overflow: this is the true size of what the header promises.
     if stream.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise UserError(f"{archive.filename}: {key} promises {shape} {dtype}, but holds {info.file_size} bytes")
+        raise UserError(f"{path}: {key} promises {shape} {dtype}, but holds {info.file_size} bytes")
     return stream, shape, dtype
+
+
+def _read_array(archive, key):
+    stream, shape, dtype = _open_array(archive, key)
+    return np.frombuffer(bytearray(stream.read()), dtype).reshape(shape)
 
 
 def _stored_statistics(archive, keys):
     """What the npz holds of STATISTICS (all or nothing) and, beside them, of "features": {name: tensor}."""
-    path, stored = archive.filename, {}
-    wanted = [key for key in STATISTICS if key in keys]
+    path, stored, wanted = archive.filename, {}, [key for key in STATISTICS if key in keys]
     if wanted and len(wanted) < len(STATISTICS):
         raise UserError(f"{path}: holds {', '.join(wanted)}, but not all of {', '.join(STATISTICS)}")
-    for key in wanted + ["features"] * (wanted != [] and "features" in keys):
-        stream, shape, dtype = _open_array(archive, key)
-        rows = min(shape[0], MAX_FEATURES) if shape else 0
-        expected = STATISTICS.get(key, (rows, 2048))
-        if shape != expected or dtype not in (np.float32, np.float64):
-            raise UserError(f"{path}: {key} is {dtype} {shape}; Inception's statistics are float {expected}")
-        stored[key] = torch.from_numpy(np.frombuffer(stream.read(), dtype).reshape(shape).copy())
-        if not stored[key].isfinite().all():
+    for key in wanted + [key for key in keys if key == "features" and wanted]:
+        value = _read_array(archive, key)
+        expected = STATISTICS.get(key, (min(len(value), MAX_FEATURES), 2048))
+        if value.shape != expected or value.dtype not in (np.float32, np.float64):
+            raise UserError(
+                f"{path}: {key} is {value.dtype} {value.shape}; Inception's statistics are float {expected}"
+            )
+        if not np.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or Inf")
+        stored[key] = torch.from_numpy(value)
     return stored
-
-
-def _in_order(archive, count):
-    """Whether arr_1, where ADM's sampler and ours store the classes, says that the pictures are sorted by class."""
-    stream, shape, dtype = _open_array(archive, "arr_1")
-    if shape != (count,) or dtype.kind not in "iu":
-        return False
-    labels = np.frombuffer(stream.read(), dtype)
-    return labels[0] != labels[-1] and bool((labels[1:] >= labels[:-1]).all())
 
 
 def _from_npz(path):
     """Pictures of an npz: everything but arr_0 is read now, arr_0 batch by batch when it is asked for."""
     with _npz_errors(path), zipfile.ZipFile(path) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        stored = _stored_statistics(archive, keys)
+        stored, in_order = _stored_statistics(archive, keys), False
         if "features" in stored:  # by --save-stats: all that a reference needs, without pictures
-            stream, shape, dtype = _open_array(archive, "size")
-            if shape != (3,) or dtype != np.int64:
-                raise UserError(f"{path}: size is {dtype} {shape}; --save-stats writes int64 (3,)")
-            count, height, width = np.frombuffer(stream.read(), dtype).tolist()
+            count, height, width = _read_array(archive, "size").tolist()
+            _check_size(path, count, height, width)
             return Pictures(str(path), count, (height, width), None, stored)
         if "arr_0" not in keys:
             raise UserError(f"{path}: has no arr_0 (it has: {', '.join(keys) or 'nothing'})")
@@ -201,7 +188,9 @@ def _from_npz(path):
             raise UserError(f"{path}: arr_0 has shape {shape}; it must be N, H, W, 3{hint}")
         count, height, width, _ = shape
         _check_size(path, count, height, width)
-        in_order = "arr_1" in keys and _in_order(archive, count)
+        if "arr_1" in keys:  # where ADM's sampler and ours store the classes
+            labels = _read_array(archive, "arr_1").ravel()
+            in_order = len(labels) > 1 and labels[0] != labels[-1] and bool((labels[1:] >= labels[:-1]).all())
 
     def batches(batch_size, rank=0, world=1):
         # In the order of the file; zipfile compares the checksum when the last byte has passed. Each rank reads all and
@@ -210,11 +199,9 @@ def _from_npz(path):
             stream = _open_array(archive, "arr_0")[0]
             for index, start in enumerate(range(0, count, batch_size)):
                 rows = min(batch_size, count - start)
-                data = stream.read(rows * height * width * 3)
-                if len(data) != rows * height * width * 3:
-                    raise UserError(f"{path}: truncated after picture {start}")
+                data = bytearray(stream.read(rows * height * width * 3))
                 if index % world == rank:
-                    images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, height, width, 3)
+                    images = torch.frombuffer(data, dtype=torch.uint8).view(rows, height, width, 3)
                     yield images.permute(0, 3, 1, 2)  # (B, 3, H, W)
 
     return Pictures(str(path), count, (height, width), _ahead(batches), stored, in_order)

@@ -22,7 +22,7 @@ def handlers():
 
 
 def test_a_signal_that_arrives_during_the_vote_counts_at_the_next_one(handlers):
-    """Two ranks, and the other received none. Catches: the old decision, 0, written over a signal that has just come."""
+    """Two ranks; the other received none. Catches: the old decision, 0, written over a signal that has just come."""
 
     class Vote(Processes):
         def largest(self, number):
