@@ -25,7 +25,6 @@ import time
 
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
 
 from data import TrainingSamples, center_crop, open_dataset, random_stream
 from eval_fid import frechet_distance, precision_recall
@@ -169,17 +168,11 @@ MODELS = {
 }
 
 
-def report(name, seconds, flops, rates, note=""):
-    """One line: seconds, GFLOP, GFLOP/s, shares of the two rates, and what else there is to say."""
-    shares = " ".join(f"{flops / seconds / rate:8.2f}" for rate in rates)
-    print(f"{name:64} {seconds:8.3f} {flops / 1e9:8.1f} {flops / seconds / 1e9:8.1f} {shares} {note}", flush=True)
-
-
 # ---- data and evaluation ---------------------------------------------------------------------------------------------
 
 
 def loader(count=32):
-    """What one core loads: 500x375 JPEGs to training batches at 256, beside Pillow's decoding alone, and by parts."""
+    """What one core loads: 500x375 JPEGs to training samples at 256, by parts; clocked in this process alone."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         paths = [f"{root}/noise/{i}.jpg" for i in range(count)]
@@ -187,32 +180,28 @@ def loader(count=32):
         for path in paths:  # noise of this strength takes about the 110 kB of ImageNet's pictures
             channels = [Image.effect_noise((500, 375), 80) for _ in range(3)]
             Image.merge("RGB", channels).save(path, quality=75)
-        samples = TrainingSamples(open_dataset(root, 256), seed=0, shift=1.0)
+        samples = TrainingSamples(open_dataset(root, 256), seed=0)
         pictures = [Image.open(path).convert("RGB") for path in paths]
         parts = {
-            "all": lambda: default_collate([samples[i] for i in range(count)]),
-            "decoding": lambda: [Image.open(path).load() for path in paths],
-            "ADM's crop": lambda: [center_crop(picture, 256) for picture in pictures],
-            "noise": lambda: [torch.randn(3, 256, 256, generator=random_stream("noise", i)) for i in range(count)],
+            "all": lambda i: samples[i],
+            "decoding": lambda i: Image.open(paths[i]).load(),
+            "ADM's crop": lambda i: center_crop(pictures[i], 256),
+            "noise": lambda i: torch.randn(3, 256, 256, generator=random_stream("noise", i)),
         }
-        # Of this process only: others may use the core too.
-        spent = {name: min(timings(part, clock=time.process_time)) for name, part in parts.items()}
-    ms = {name: 1e3 * seconds / count for name, seconds in spent.items()}
-    whole, alone = ms.pop("all"), ms["decoding"]
-    print(f"loader, one core, 500x375 JPEGs to 256: {1e3 / whole:.0f} images/s; ", end="")
-    print(f"Pillow's decoding alone {1e3 / alone:.0f}; ratio {alone / whole:.2f}")
-    listed = ", ".join(f"{name} {each:.2f}" for name, each in ms.items())
-    print(f"of {whole:.2f} ms for an image: {listed}, the rest {whole - sum(ms.values()):.2f}")
+        for name, part in parts.items():
+            seconds = min(timings(lambda part=part: [part(i) for i in range(count)], clock=time.process_time)) / count
+            print(f"loader, one core, {name:10}: {1e3 * seconds:6.2f} ms an image, {1 / seconds:4.0f} images/s")
 
 
-def metrics(device, rates, count=10_000, width=2048):
+def metrics(device, count=10_000, width=2048):
     """Precision and recall of `count` against `count` features, and FID from their statistics, all in float64."""
     real, drawn = (torch.rand(count, width, device=device) for _ in range(2))  # (count, width) each
-    (seconds,) = timings(lambda: precision_recall(real, drawn), device, 1)
-    products = 3 * 2 * count * count * width  # each set against itself, and one against the other
-    report(f"precision and recall, {count} against {count}", seconds, products, rates)
     moments = real.mean(0), real.T.cov(), drawn.mean(0), drawn.T.cov()
-    print(f"FID from their means and covariances: {timings(lambda: frechet_distance(*moments), device, 1)[0]:.1f} s")
+    (balls,) = timings(lambda: precision_recall(real, drawn), device, 1)
+    (fid,) = timings(lambda: frechet_distance(*moments), device, 1)
+    print(
+        f"precision and recall, {count} against {count}: {balls:.1f} s; FID from their means, covariances: {fid:.1f} s"
+    )
 
 
 def main():
@@ -235,12 +224,15 @@ def main():
         if figure == "loader":
             in_new_process(loader)
         if figure == "metrics":
-            metrics(device, rates)
+            metrics(device)
         rows = itertools.product(precisions, compilers, MODELS.get(figure, []))
         for precision, compiled, (name, config, batch, prepare, passes) in rows:
             seconds, peak = in_new_process(measure, config, prepare, batch, precision, compiled, device)
             what = f"{name}, batch {batch}, {precision} {'compiled' if compiled else 'eager'}"
-            report(what, seconds, passes * batch * forward_flops(config), rates, f"{peak:8.2f}")
+            flops = passes * batch * forward_flops(config)
+            shares = " ".join(f"{flops / seconds / rate:8.2f}" for rate in rates)
+            speed = f"{seconds:8.3f} {flops / 1e9:8.1f} {flops / seconds / 1e9:8.1f}"
+            print(f"{what:64} {speed} {shares} {peak:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,19 +97,22 @@ def test_memory_is_measured_in_a_process_of_its_own_and_recomputing_lowers_it():
     assert ballast.sum() > 0 and peaks[0] < 1.7 and peaks[1] < peaks[0] - 0.1
 
 
-def test_the_loaders_parts_add_up_to_the_whole(capsys):
+def test_the_loaders_parts_take_no_longer_than_the_whole(capsys):
     """Catches a part that is measured per batch where the whole is per image."""
     benchmark.loader(count=4)
-    first, second = capsys.readouterr().out.splitlines()
-    assert re.match(r"loader, one core, 500x375 JPEGs to 256: \d+ images/s; Pillow's decoding alone \d+", first)
-    whole, *parts = [float(number) for number in re.findall(r"-?\d+\.\d+", second)]
-    assert len(parts) == 4 and sum(parts) == pytest.approx(whole, abs=0.03)
+    found = [
+        re.match(r"loader, one core, .*: +([\d.]+) ms an image, +(\d+)", line)
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    whole, *parts = [float(line[1]) for line in found]
+    assert len(parts) == 3 and sum(parts) < 1.2 * whole
+    assert all(float(line[1]) * int(line[2]) == pytest.approx(1000, rel=0.1) for line in found)
 
 
 def test_metrics_measures_both_kinds(capsys):
-    benchmark.metrics(CPU, [1e9, 2e9], count=60, width=8)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("precision and recall, 60 against 60") and second.startswith("FID from their means")
+    benchmark.metrics(CPU, count=60, width=8)
+    pattern = r"precision and recall, 60 against 60: [\d.]+ s; FID from their means, covariances: [\d.]+ s\n"
+    assert re.fullmatch(pattern, capsys.readouterr().out)
 
 
 def test_a_process_that_dies_is_one_line():
