@@ -66,19 +66,10 @@ def test_a_training_step_costs_what_pytorch_counts():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_checkpoint_has_the_planned_size(tmp_path, optimizer):
     nano = PRESETS["Nano"]
-    status, _, stderr = run(
-        tmp_path / "run",
-        "--steps",
-        1,
-        "--patch-size",
-        nano.patch_size,
-        "--field-width",
-        nano.field_width,
-        "--field-depth",
-        nano.field_depth,
-        "--optimizer",
-        optimizer,
-    )
+    settings = [
+        f"--{name.replace('_', '-')}={getattr(nano, name)}" for name in ("patch_size", "field_width", "field_depth")
+    ]
+    status, _, stderr = run(tmp_path / "run", "--steps", 1, *settings, "--optimizer", optimizer)
     assert status == 0, stderr
     size = (tmp_path / "run" / "last.pt").stat().st_size
     assert size == pytest.approx(Plan(nano, 4, optimizer=optimizer).checkpoint, rel=0.03)
@@ -139,23 +130,9 @@ def test_epochs_become_steps_that_show_every_image():
 def test_a_cluster_is_planned_without_the_data(tmp_path):
     """And only planned: the same command without --dry-run stops, and writes nothing."""
     flags = (
-        "--size",
-        "XL",
-        "--data",
-        tmp_path / "train",
-        "--patch-size",
-        16,
-        "--field-width",
-        64,
-        "--batch-size",
-        256,
-        "--field-depth",
-        4,
-        "--precision",
-        "auto",
-        "--compile",
-        "auto",
+        "--size XL --patch-size 16 --field-width 64 --field-depth 4 --batch-size 256 --precision auto --compile auto"
     )
+    flags = [*flags.split(), "--data", tmp_path / "train"]
     cluster = ("--dry-run", "--world-size", 8, "--gpu", "a100")
     status, stdout, stderr = run(tmp_path / "run", *flags, *cluster, "--repa", 0.5)
     assert status == 0, stderr
