@@ -10,6 +10,7 @@ last.pt (checkpoints), previews/ (EMA samples of the same noise), samples.png (t
 Left out: sharding of the model (FSDP), since with 32 images of 256 pixels XL fits an A100 whole (33.9 GB in the paper).
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -40,7 +41,7 @@ from runtime.previews import ema_samples, preview
 from runtime.recompute import RECOMPUTE
 from runtime.run_folder import RunFolder
 from runtime.some_classes import SomeClasses
-from runtime.stopping import Stopping
+from runtime.stopping import Stopped, Stopping
 
 
 class Student(nn.Module):
@@ -132,7 +133,9 @@ def open_data(spec, names, num_classes, config, augment, folder, processes, plan
 
 
 def open_judge(dataset, reference, weights, num, config, seed, device, precision, processes):
-    """--eval-every: a function from the EMA model to {name: score}. Raises UserError now for what would fail then.
+    """--eval-every: a function from the EMA model and a Stopping to {name: score}, or Stopped.
+
+    Raises UserError now for what would fail then.
 
     Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
     """
@@ -146,9 +149,10 @@ def open_judge(dataset, reference, weights, num, config, seed, device, precision
     if num < network.least:
         raise UserError(f"--eval-num must be at least {network.least} for this evaluation")
 
-    def judge(ema):
+    def judge(ema, stopping):
         samples = ema_samples(ema, dataset.labels, num, seed, device, precision)
-        return eval_fid.judge(real, samples, network, device, processes)
+        pictures = (stopping.between_batches(side) for side in (real, samples))
+        return eval_fid.judge(*pictures, network, device, processes)
 
     return judge
 
@@ -208,14 +212,15 @@ def main():
     numbers = BatchNumbers(step, steps, args.batch_size, micro, processes.rank, processes.world)
     batches = training_batches(dataset, numbers, args.seed, args.shift, args.workers, device)
 
-    def show(step):  # what a run shows of itself; at its start, what a kill after the last save left undone
+    def show(step):  # what a run shows of itself; at its start, what a stop after the last save left undone
         if log.wants_picture(step, args.preview_every):
             log.picture(step, preview(ema, args.seed, device, precision))
         if log.wants_scores(step, args.eval_every):
-            log.scores(step, judge(ema))
+            with contextlib.suppress(Stopped):
+                log.scores(step, judge(ema, stopping))
 
     show(step)
-    while step < steps:
+    while step < steps and not stopping.decision:
         for part in range(numbers.parts):
             batch = next(batches)
             with only_adding_up(shared, part < numbers.parts - 1):
@@ -230,16 +235,14 @@ def main():
         step += 1
         update(student, ema, optimizers, gauges, step, lr, args.ema, args.clip)
 
-        leaving = stopping.agreed() or step == steps
-        saving = leaving or is_due(step, args.save_every)
+        # What is judged is saved first: the evaluation may be stopped, and made up for by the next start.
+        saving = stopping.agreed() or step == steps or is_due(step, args.save_every) or is_due(step, args.eval_every)
         if saving or is_due(step, args.log_every):
             log.training(step, gauges.read() | {"lr": lr})
         with log.pause():
             if saving:
                 folder.save(step, student, ema, optimizers, dataset)
             show(step)
-        if leaving:
-            break
     log.close(step, stopping.decision)
     processes.close()
 

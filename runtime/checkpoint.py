@@ -167,6 +167,9 @@ def main():
     model = load_model(args.source, args.weights)
     weights = export_reference(model) if args.reference else model.state_dict()
     weights = {key: tensor.to(torch.float16 if args.half else torch.float32) for key, tensor in weights.items()}
+    for key, tensor in weights.items():
+        if args.half and not tensor.isfinite().all():
+            raise UserError(f"--half: {key} has numbers beyond float16's 65,504: export {args.source} without it")
     if args.reference:
         prefixes = ("denoiser", "ema_denoiser")
         state = {"state_dict": {f"{prefix}.{key}": weights[key] for key in weights for prefix in prefixes}}

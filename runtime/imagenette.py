@@ -1,5 +1,6 @@
 """Fetches Imagenette: ten classes of ImageNet, to train on something real (`python data.py imagenette FOLDER`)."""
 
+import fcntl
 import gzip
 import os
 import pathlib
@@ -32,6 +33,7 @@ def unpack(archive, folder):
         roots = [root for root in (temporary, *temporary.iterdir()) if (root / "train").is_dir()]
         if not roots:
             raise UserError(f"{archive} has no folder train: remove it and get it again")
+        os.sync()  # the pictures are on the disk before the folder has its name: it says that they are whole
         os.rename(roots[0], folder)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive} is damaged ({error}): remove it and get it again")
@@ -52,7 +54,10 @@ def fetch_imagenette(folder):
         raise UserError(f"{folder} exists and is not this data set: give the name of a new folder")
     else:
         archive = cached_download(IMAGENETTE, folder=folder.parent)
-        unpack(archive, folder)
+        with open(archive.with_name(f"{archive.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second one that runs at the same time waits, and finds the folder
+            if not (folder / "train").is_dir():
+                unpack(archive, folder)
         print(f"{folder} is ready; {archive} can be removed")
     print(
         f"train on it: python train.py --size S --data {shlex.quote(str(folder / 'train'))} --resolution 128 "

@@ -1,5 +1,7 @@
 """The training batches: which samples each rank gets, and the processes that prepare them ahead of time."""
 
+import atexit
+import multiprocessing
 import os
 import time
 
@@ -43,8 +45,12 @@ def training_batches(dataset, numbers, seed, shift, workers, device):
         workers = 0 if dataset.in_memory else min(8, os.cpu_count() or 1)
     how = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "pin_memory": device.type == "cuda"}
     loader = torch.utils.data.DataLoader(TrainingSamples(dataset, seed, shift), batch_sampler=numbers, **how)
+    before = set(multiprocessing.active_children())
     with signals_blocked():  # workers inherit that: one that died of SIGTERM would take its rank along before the save
         batches = iter(loader)
+    # So Python's SIGTERM at its end cannot reach them either: one that hangs in a read would keep it from ending.
+    for worker in set(multiprocessing.active_children()) - before:
+        atexit.register(worker.kill)  # nothing happens to one that has ended
     try:
         for batch in batches:
             yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import importlib
 import json
+import os
 import pathlib
 import secrets
 import signal
@@ -123,6 +124,8 @@ class Log:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could take lines from before a checkpoint that it left
         if self.board:
             for name, value in flat(values).items():
                 self.board.add_scalar(name, value, step)
@@ -172,8 +175,8 @@ class Log:
             self.run.finish()
         samples = f", {self.out}/samples.png" if (self.out / "samples.png").exists() else ""
         text = f"done: {self.out}/last.pt{samples}"
-        if self.start >= self.steps:
-            text = f"{self.out} has {step} of {self.steps} steps: nothing to do (more with --steps)"
-        elif stopped_by:
+        if stopped_by:
             text = f"stopped by {signal.Signals(stopped_by).name} at step {step}, saved; the same command resumes"
+        elif self.start >= self.steps:
+            text = f"{self.out} has {step} of {self.steps} steps: nothing to do (more with --steps)"
         self.processes.say(text)

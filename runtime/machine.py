@@ -10,17 +10,22 @@ import torch.nn.functional as F
 from runtime.files import UserError
 
 # Dense bf16 matrix-product peaks in FLOP/s, from the makers' data sheets; for the utilisation (MFU) in logs and plans.
-PEAKS = {"a100": 312e12, "h100": 989e12}
+PEAKS = {"a100": 312e12, "h100 pcie": 756e12, "h100 nvl": 835e12, "h100": 989e12}  # the plain name: SXM
 
 
 def pick_device(name="auto", local_rank=0):
-    """torch.device for --device: auto takes cuda, then mps, then cpu. UserError if the named one is not there."""
+    """torch.device for --device: auto takes cuda, then mps, then cpu. UserError if the named one is not there.
+
+    "cuda" is the GPU of this rank. One that is named by its number would be that of all ranks: UserError too.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
+        elif device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--device {name} names one GPU for several processes: use --device cuda")
         torch.empty(0, device=device).cpu()  # the copy fails on "meta", which computes nothing
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})")

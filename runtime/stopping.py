@@ -1,18 +1,28 @@
 """How a run ends early: a signal reaches one rank, and all ranks agree at the end of a step."""
 
 import contextlib
+import dataclasses
+import itertools
 import signal
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)  # what torchrun, schedulers and people send to end a run
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of torchrun and schedulers, Ctrl-C, a closed terminal
+
+
+class Stopped(Exception):
+    """Work that can be done again was broken off, on all ranks at once, because the run is to end."""
 
 
 class Stopping:
-    """From its making on, the signals of STOPPING end no process: they are noted, and `agreed` tells all ranks."""
+    """From its making on, the signals of STOPPING end no process: they are noted, and `agreed` tells all ranks.
+
+    But for a SIGHUP that is ignored already, as under nohup: such a run is to outlive its terminal.
+    """
 
     def __init__(self, processes):
         self.processes, self.received, self.decision = processes, 0, 0
         for number in STOPPING:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.received = number
@@ -24,6 +34,21 @@ class Stopping:
         """
         self.decision = self.processes.largest(self.received)
         return self.decision
+
+    def between_batches(self, pictures):
+        """The same runtime.picture_sets.Pictures, whose batches end with Stopped, on all ranks, once a signal came.
+
+        For an evaluation, which may take longer than the time between a scheduler's SIGTERM and its SIGKILL.
+        """
+
+        def batches(batch_size, rank=0, world=1):
+            own = pictures.batches(batch_size, rank, world)
+            for _ in range(0, pictures.count, batch_size * world):  # a rank may have one batch less, but votes as often
+                if self.agreed():
+                    raise Stopped
+                yield from itertools.islice(own, 1)
+
+        return dataclasses.replace(pictures, batches=pictures.batches and batches)
 
 
 @contextlib.contextmanager

@@ -246,6 +246,18 @@ def test_export_command_keeps_ema_and_configuration_only(tmp_path, monkeypatch, 
         assert "step" not in load_checkpoint(target) and "model" not in load_checkpoint(target)
 
 
+def test_half_is_refused_for_numbers_that_it_cannot_hold(tmp_path, monkeypatch):
+    """Catches: an exported file with infinite weights, which draws nothing."""
+    state = run_state(1)
+    state["ema"]["class_embed.weight"][1, 2] = 7e4
+    save_checkpoint(tmp_path / "run.pt", state)
+    export = ["checkpoint", "export", str(tmp_path / "run.pt"), str(tmp_path / "half.pt"), "--half"]
+    monkeypatch.setattr("sys.argv", export)
+    with pytest.raises(UserError, match="--half: class_embed.weight has numbers beyond float16's 65,504"):
+        checkpoint.main()
+    assert not (tmp_path / "half.pt").exists()
+
+
 @pytest.mark.slow
 def test_loading_a_large_file_needs_the_memory_of_its_ema_only(tmp_path):
     """A 190 MB file of which 32 MB are wanted, read in a process of its own: peak memory grows by less than 60 MB."""

@@ -5,6 +5,9 @@ import io
 import os
 import shlex
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -81,6 +84,25 @@ def test_an_interrupted_unpacking_starts_over(source, tmp_path, monkeypatch):
     (remains / "imagenette2-320" / "train" / "stale.JPEG").write_bytes(b"of another version")
     fetch_imagenette(tmp_path / "nette")
     assert os.listdir(tmp_path / "nette" / "train") == ["cat"] and not remains.exists()
+
+
+def test_two_at_once_unpack_once(source, tmp_path, monkeypatch):
+    """The second comes while the first unpacks. Catches: one removing the other's half-full folder."""
+    unpacked, begun = [], threading.Event()
+
+    def slowly(archive, folder, plain=imagenette.unpack):
+        unpacked.append(folder)
+        begun.set()
+        time.sleep(0.3)
+        plain(archive, folder)
+
+    monkeypatch.setattr(imagenette, "unpack", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(fetch_imagenette, tmp_path / "nette")
+        begun.wait(60)
+        second = pool.submit(fetch_imagenette, tmp_path / "nette")
+        first.result(), second.result()
+    assert len(unpacked) == 1 and (tmp_path / "nette" / "train" / "cat" / "0.JPEG").is_file()
 
 
 @pytest.mark.parametrize(

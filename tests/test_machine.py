@@ -159,8 +159,24 @@ def test_trouble_of_the_compiler_is_a_few_words(monkeypatch):
     assert compiler_trouble() == "no g++ here"
 
 
+def test_a_gpu_by_its_number_is_refused_where_several_processes_would_share_it(monkeypatch):
+    """`torchrun train.py --device cuda:1`. Catches: all ranks on one card, eight times slower, without a word."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="--device cuda:1 names one GPU for several processes: use --device cuda"):
+        machine.pick_device("cuda:1", 3)
+    assert machine.pick_device("cpu", 3) == CPU
+
+
 def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch):
-    for name, peak in (("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 989e12), ("NVIDIA RTX A1000", 0)):
+    """The slower kinds of H100 too. Catches: the first key that fits, and an MFU a quarter too small."""
+    peaks = {
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA RTX A1000": 0,
+    }
+    for name, peak in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert machine.peak_flops(torch.device("cuda")) == peak
     assert machine.peak_flops(CPU) == 0

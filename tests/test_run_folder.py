@@ -1,11 +1,16 @@
 """A run's folder: one run at a time, the same run or none, no foreign files, and the newest checkpoint by two names."""
 
+import json
 import os
+import pty
+import signal
 import subprocess
 import sys
+import time
 
-from helpers import ROOT, last, make_class_folder, refuses, run_state, train
+from helpers import ROOT, assert_same_run, command, last, make_class_folder, refuses, run_state, train
 
+from runtime import previews
 from runtime.checkpoint import load_checkpoint
 from runtime.run_folder import load_run, name_last, save_run
 
@@ -91,3 +96,51 @@ def test_the_final_evaluation_and_preview_are_made_up_for_after_a_kill(tmp_path)
         status, stdout, stderr = train(out, *flags)
         assert status == 0 and "nothing to do" in stdout, stderr
         assert metrics.read_text() == whole and picture.read_bytes() == drawn
+
+
+def test_a_stop_during_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(tmp_path, monkeypatch):
+    """Catches: an evaluation of an hour that goes on until the scheduler's SIGKILL, and a step without its score."""
+    flags = ("--steps", 2, "--eval-every", 2, "--eval-num", 128)
+    drawn, plain = [], previews.draw
+
+    def interrupted(*args, **kwargs):
+        drawn.append(len(drawn))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(previews, "draw", interrupted)
+        status, stdout, stderr = train(tmp_path / "run", *flags)
+    assert status == 0 and "stopped by SIGTERM at step 2, saved" in stdout, stderr
+    assert len(drawn) == 1  # of two batches
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert "emoji_distance" not in metrics.read_text()
+    status, stdout, stderr = train(tmp_path / "run", *flags)
+    assert status == 0 and "nothing to do" in stdout and "emoji_distance" in metrics.read_text(), stderr
+
+
+def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
+    """SIGHUP, and from then on each line that is printed fails. Catches: steps lost with the terminal."""
+    master, terminal = pty.openpty()
+    code = "import fcntl, os, runpy, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); del sys.argv[0]; "
+    training = command(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--log-every", 1)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')", *training],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,  # so that the terminal can become its own
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    os.close(terminal)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 150
+        while not metrics.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.close(master)
+        assert process.wait(150) == 0
+    finally:
+        process.kill()
+    step = last(tmp_path / "run")["step"]
+    assert train(tmp_path / "whole", "--steps", step)[0] == 0
+    assert_same_run(last(tmp_path / "run"), last(tmp_path / "whole"))

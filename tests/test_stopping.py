@@ -1,5 +1,7 @@
 """A signal is never lost, and numbers that are not finite stop the run before they reach the weights."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 
@@ -9,7 +11,8 @@ import torch
 from runtime.distributed import Processes
 from runtime.files import UserError
 from runtime.gauges import Gauges
-from runtime.stopping import STOPPING, Stopping, signals_blocked
+from runtime.picture_sets import Pictures
+from runtime.stopping import STOPPING, Stopped, Stopping, signals_blocked
 
 
 @pytest.fixture
@@ -42,6 +45,40 @@ def test_a_process_that_was_started_with_signals_blocked_never_sees_them(handler
     with signals_blocked():
         assert set(STOPPING) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert not set(STOPPING) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(handlers):
+    """`nohup python train.py` outlives its terminal; without nohup, a closed terminal saves and ends the run."""
+    for before, wish in ((signal.SIG_IGN, 0), (signal.SIG_DFL, signal.SIGHUP)):
+        signal.signal(signal.SIGHUP, before)
+        stopping = Stopping(Processes())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stopping.agreed() == wish
+
+
+@pytest.mark.parametrize("count", [0, 5, 40, 41, 50, 64, 65])
+def test_ranks_vote_equally_often_within_an_evaluation_and_end_it_together(handlers, count):
+    """Five ranks in batches of 8. Catches: a rank with one batch less that votes once less, and the others wait."""
+
+    class Vote(Processes):
+        def largest(self, number):
+            votes.append(number)
+            return signal.SIGTERM if len(votes) > until else 0
+
+    def batches(batch_size, rank=0, world=1):
+        yield from range(rank * batch_size, count, world * batch_size)
+
+    pictures = Pictures("some", count, (8, 8), batches, {})
+    voted, drawn = set(), []
+    for rank in range(5):
+        votes, until = [], 99
+        drawn += Stopping(Vote()).between_batches(pictures).batches(8, rank, 5)
+        voted.add(len(votes))
+        votes, until = [], 1
+        with pytest.raises(Stopped) if count > 40 else contextlib.nullcontext():
+            assert len(list(Stopping(Vote()).between_batches(pictures).batches(8, rank, 5))) <= 1
+    assert sorted(drawn) == list(range(0, count, 8)) and voted == {-(-count // 40)}
+    assert Stopping(Vote()).between_batches(dataclasses.replace(pictures, batches=None)).batches is None
 
 
 def test_gauges_are_means_and_begin_anew_after_each_reading():

@@ -1,6 +1,7 @@
 """One class for everything that the user can put right, and the one place that turns it into a line on the terminal."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import sys
@@ -52,17 +53,28 @@ def _one_line(error):
 
 
 class _Output:
-    """An output stream whose reader may leave, as in `train.py | head`: that ends the output and not the work."""
+    """An output stream whose reader may leave, as in `train.py | head`: that ends the output and not the work.
+
+    So may a terminal, on which one cannot write any more once it is closed. Of a file, errors remain errors.
+    """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.terminal = stream, stream.isatty()
+
+    @contextlib.contextmanager
+    def _reader_may_leave(self):
+        try:
+            yield
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and not (self.terminal and error.errno == errno.EIO):
+                raise
 
     def write(self, text):
-        with contextlib.suppress(BrokenPipeError):
+        with self._reader_may_leave():
             return self.stream.write(text)
 
     def flush(self):
-        with contextlib.suppress(BrokenPipeError):
+        with self._reader_may_leave():
             self.stream.flush()
 
     def __getattr__(self, name):
