@@ -1,26 +1,15 @@
 """Pictures in and out: the embedded emoji, folders and tars of images, ADM's crop, samples with numbers.
 
 Everything random about a training sample (its place in the shuffled order, noise, time, dropped label, crop, flip) is a
-function of (seed, number of the sample), where the run's samples are numbered 0, 1, 2, ... in the order in which they
-are used: sample `step * batch_size + slot`. So there is no generator state to save, a resumed run draws what the
-interrupted one would have drawn, and neither the number of processes nor of loader workers changes a single number.
+function of (seed, number of the sample): samples are numbered 0, 1, 2, ... in the order in which a run uses them. So
+there is no generator state to save, a resumed run draws what the interrupted one would have drawn, and the numbers of
+processes and loader workers change nothing.
 
-A data set has
-    .classes            the names of the classes
-    .labels             the class index of each picture
-    .fingerprint        a text that changes when pictures are added, removed or renamed
-    len(dataset)        the number of pictures
-    .picture(i, rng)    picture i, uint8 (3, resolution, resolution); with a torch.Generator `rng`, augmented by it
-    [i]                 (picture(i), labels[i])
-    .members()          {name: numbers of its pictures} of every name that `--classes` takes
-    .in_memory          whether reading a picture costs nothing
-    .classifier         the name of a feature network that was made for it, or None
-Left out: videos, captions, aspect-ratio buckets.
+Left out: videos, aspect-ratio buckets.
 
     python data.py imagenette FOLDER       # fetches ten classes of ImageNet, to train on something real (340 MB)
 """
 
-import argparse
 import functools
 import hashlib
 import pathlib
@@ -31,7 +20,7 @@ import torch
 from PIL import Image
 
 from flow import sample_time
-from runtime.files import UserError, cut_long_sides, index_pictures, read_image, run
+from runtime.files import UserError, cut_long_sides, index_captions, index_pictures, read_image, run
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
@@ -92,6 +81,14 @@ def center_crop(pil_image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def released_crop(pil_image, size):
+    """`--crop released`: scaled by one bilinear filter, as the released text-to-image model's pictures were."""
+    (w, h), short = pil_image.size, min(pil_image.size)
+    w, h = int(size * w / short), int(size * h / short)
+    left, top = round((w - size) / 2), round((h - size) / 2)  # half to even
+    return pil_image.resize((w, h), Image.BILINEAR).crop((left, top, left + size, top + size))
+
+
 def random_crop(pil_image, size, rng):
     """`--augment`: the same scaling, then a random size x size window, mirrored half the time."""
     image = _short_side(cut_long_sides(pil_image), size)
@@ -104,27 +101,18 @@ def random_crop(pil_image, size, rng):
 # ---- data sets -------------------------------------------------------------------------------------------------------
 
 
-class Emoji:
-    """The 1,906 drawings in assets/, nine classes, at 64 pixels or averaged over 2x2 boxes at 32.
+class Pictures:
+    """What every data set has, besides its length and [i], which is (picture(i), labels[i]):
 
-    .kinds: Unicode's finer name for each drawing, "face-smiling" or "food-fruit" (assets/README.md lists all 98).
+    .classes            the names of the classes; None of a data set with captions
+    .labels             the class index of each picture, or its caption
+    .fingerprint        a text that changes when pictures are added, removed or renamed
+    .picture(i, rng)    picture i, uint8 (3, resolution, resolution); with a torch.Generator `rng`, augmented by it
+    .members()          {name: numbers of its pictures} of every name that `--classes` takes
+    .remark             what a user should hear of it, or None
+    .in_memory          whether reading a picture costs nothing
+    .classifier         the name of a feature network that was made for it, or None
     """
-
-    classes, in_memory = EMOJI_CLASSES, True
-
-    def __init__(self, resolution, augment=False):
-        if resolution not in (32, 64):
-            raise UserError(f"the emoji come at resolution 32 or 64, not {resolution}")
-        with np.load(ASSETS / "noto_emoji_64.npz") as archive:
-            images, self.labels = torch.from_numpy(archive["images"]), archive["labels"].tolist()
-            self.kinds = archive["subcategories"]  # (1906) of text
-        images = images.permute(0, 3, 1, 2).float()  # (N, 3, 64, 64)
-        if resolution == 32:
-            images = torch.nn.functional.avg_pool2d(images, 2)  # (N, 3, 32, 32)
-        self.images = images.round().to(torch.uint8)
-        self.augment = augment
-        self.fingerprint = f"emoji {len(self.labels)}"
-        self.classifier = "emoji" if resolution == 32 else None
 
     def __len__(self):
         return len(self.labels)
@@ -132,8 +120,31 @@ class Emoji:
     def __getitem__(self, i):
         return self.picture(i), self.labels[i]
 
+
+class Emoji(Pictures):
+    """The 1,906 drawings in assets/, nine classes or with their names for captions, at 64 pixels or, averaged, at 32.
+
+    .kinds: Unicode's finer name for each drawing, "face-smiling" or "food-fruit" (assets/README.md lists all 98).
+    """
+
+    in_memory, remark = True, None
+
+    def __init__(self, resolution, augment=False, captions=False):
+        if resolution not in (32, 64):
+            raise UserError(f"the emoji come at resolution 32 or 64, not {resolution}")
+        with np.load(ASSETS / "noto_emoji_64.npz") as archive:
+            images, self.kinds = torch.from_numpy(archive["images"]), archive["subcategories"]  # (1906) of text
+            self.labels = archive["names" if captions else "labels"].tolist()
+        images = images.permute(0, 3, 1, 2).float()  # (N, 3, 64, 64)
+        if resolution == 32:
+            images = torch.nn.functional.avg_pool2d(images, 2)  # (N, 3, 32, 32)
+        self.images, self.augment = images.round().to(torch.uint8), augment
+        self.classes = None if captions else EMOJI_CLASSES
+        self.fingerprint = f"emoji {len(self.labels)}"
+        self.classifier = "emoji" if resolution == 32 else None
+
     def picture(self, i, rng=None):
-        """Drawing i. The drawings fill their square, so mirroring is all the augmentation there is."""
+        """Drawing i. They fill their square, so mirroring is all the augmentation there is."""
         image = self.images[i]  # (3, H, W)
         return image.flip(-1) if self.augment and rng is not None and torch.rand((), generator=rng) < 0.5 else image
 
@@ -143,23 +154,15 @@ class Emoji:
         return {name: np.flatnonzero(np.equal(self.labels, c)) for c, name in enumerate(self.classes)} | kinds
 
 
-class ImageFolder:
-    """A folder with one folder of pictures per class, like ImageNet's train/, or an uncompressed tar of one.
-
-    Classes are the sorted folder names. How a tar is understood, and what `cache` and `write` do: index_pictures.
-    """
+class ImageFolder(Pictures):
+    """Pictures of a folder or tar, by class (runtime.files.index_pictures) or with captions (index_captions)."""
 
     in_memory, classifier = False, None
 
-    def __init__(self, root, resolution, augment=False, cache=None, write=True):
-        self.index, self.resolution, self.augment = index_pictures(root, cache, write), resolution, augment
-        self.classes, self.labels, self.fingerprint = self.index.classes, self.index.labels, self.index.fingerprint
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.picture(i), self.labels[i]
+    def __init__(self, index, resolution, augment=False, crop=center_crop):
+        self.index, self.resolution, self.augment, self.crop = index, resolution, augment, crop
+        self.classes, self.labels, self.remark = index.classes, index.labels, index.remark
+        self.fingerprint = index.fingerprint
 
     def picture(self, i, rng=None):
         """Picture i, cropped: to its middle or, with `augment` and a generator, at random."""
@@ -167,7 +170,7 @@ class ImageFolder:
         if self.augment and rng is not None:
             image = random_crop(image, self.resolution, rng)
         else:
-            image = center_crop(image, self.resolution)
+            image = self.crop(image, self.resolution)
         # Contiguous, since stacking a batch from rows of pixels would take longer than this copy.
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
@@ -177,13 +180,18 @@ class ImageFolder:
         return {name: np.arange(end - n, end) for name, n, end in zip(self.classes, self.index.counts, ends)}
 
 
-def open_dataset(spec, resolution, augment=False, cache=None, write=True):
-    """The data set that `--data` names: "emoji", a folder of class folders, or a tar of one. Raises UserError.
+CROPS = {"adm": center_crop, "released": released_crop}
 
-    cache: the folder of the run, which keeps the list of the pictures for a quick start next time; write=False only
-    reads what is there. None: neither.
+
+def open_dataset(spec, resolution, augment=False, cache=None, write=True, captions=False, skip=False, crop="adm"):
+    """The data set that `--data` names: "emoji", a folder or a tar, of class folders or with `captions`. UserError.
+
+    cache, write: of index_pictures. skip: leave out pictures without a caption. crop: a name of CROPS.
     """
-    return Emoji(resolution, augment) if str(spec) == "emoji" else ImageFolder(spec, resolution, augment, cache, write)
+    if str(spec) == "emoji":
+        return Emoji(resolution, augment, captions)
+    index = index_captions(spec, skip) if captions else index_pictures(spec, cache, write)
+    return ImageFolder(index, resolution, augment, CROPS[crop])
 
 
 # ---- numbered samples ------------------------------------------------------------------------------------------------
@@ -216,15 +224,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         return {"image": image, "y": self.dataset.labels[index], "noise": noise, "t": t, "u": u, "index": index}
 
 
-def main():
-    """The command line: `python data.py imagenette FOLDER`."""
-    from runtime.imagenette import fetch_imagenette
-
-    parser = argparse.ArgumentParser(description="Fetch a data set and say how to train on it.")
-    parser.add_argument("name", choices=["imagenette"], help="ten classes of ImageNet, 340 MB")
-    parser.add_argument("folder", help="a new folder; a second time, it says what to do with it")
-    fetch_imagenette(parser.parse_args().folder)
-
-
 if __name__ == "__main__":
+    from runtime.imagenette import main  # the command line: fetches a data set
+
     run(main)

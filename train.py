@@ -3,6 +3,7 @@
     python train.py                                        # Nano on the embedded emoji, a few minutes on a CPU
     torchrun --nproc_per_node=8 train.py --size XL --repa 0.5          # on the folder that IMAGENET names
     python train.py --size XL --repa 0.5 --dry-run --world-size 8 --gpu a100     # what that would cost
+    python train.py --text-encoder words                   # sentences in the place of classes: the emoji's names
 
 A training step is three pieces, all in this file: `training_loss`, from pixels to the loss; `update`, from gradients to
 weights; and the loop at the end of `main`, which calls the two. The same command again resumes. In --out: step-N.pt and
@@ -23,10 +24,10 @@ import torch.nn as nn
 import eval_fid
 from data import from_uint8, open_dataset
 from flow import alignment_loss, flow_matching_loss, interpolate
-from model import PixNerd
 from pretrained.dinov2 import DINOv2, load_dinov2
 from pretrained.emoji_classifier import EmojiTeacher
-from runtime.checkpoint import start_from
+from pretrained.text_encoders import fit_encoder, open_text_encoder
+from runtime.checkpoint import build_model, start_from
 from runtime.distributed import Processes, only_adding_up
 from runtime.files import UserError, run
 from runtime.gauges import Gauges
@@ -34,13 +35,13 @@ from runtime.loader import BatchNumbers, micro_batch_size, training_batches
 from runtime.log import Log, is_due
 from runtime.machine import autocast, keep_memory, peak_flops, pick_device, pick_precision, will_compile
 from runtime.optimizers import make_optimizers
-from runtime.options import check_run, class_names, identity, parse_args, planned
+from runtime.options import check_run, class_names, data_settings, identity, parse_args, planned
 from runtime.picture_sets import open_pictures, pictures_of
-from runtime.plan import ImageNet, epochs_to_steps, training_flops
-from runtime.previews import ema_samples, preview
+from runtime.plan import Absent, epochs_to_steps, training_flops
+from runtime.previews import ema_samples, preview, preview_conditions
 from runtime.recompute import RECOMPUTE
 from runtime.run_folder import RunFolder
-from runtime.some_classes import SomeClasses
+from runtime.some_classes import HeldOut, SomeClasses
 from runtime.stopping import Stopped, Stopping
 
 
@@ -56,7 +57,7 @@ class Student(nn.Module):
             self.projector = nn.Sequential(*layers)
 
     def forward(self, x_t, t, y, dropped):
-        # A dropped label becomes "no class": so one model learns both velocities that guidance needs.
+        # A dropped label becomes "no class", or no text: so one model learns both velocities that guidance needs.
         y = torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), self.model.null(y), y)  # (B, ...)
         if self.projector is None:
             return self.model(x_t, t, y), None  # (B, C, H, W)
@@ -107,32 +108,38 @@ def learning_rate(step, steps, peak, warmup=0, schedule="constant"):
     return peak * rise * fall
 
 
-def open_data(spec, names, num_classes, config, augment, folder, processes, planned):
+def open_data(spec, names, num_classes, config, how, held_out, folder, processes, planned):
     """The data set that all ranks see alike, and `config` with its number of classes. Raises UserError, on all ranks.
 
-    names: of --classes. folder: of the run, in which rank 0 leaves the list of the pictures and the others find it.
-    planned: for --dry-run, which writes nothing and needs no data.
+    names: of --classes. how: what else open_dataset takes. held_out: of --hold-out. folder: of the run, in which rank 0
+    leaves the list of the pictures and the others find it. planned: for --dry-run, which writes nothing and needs no
+    data.
     """
     with processes.rank_0_first():
         if planned and spec != "emoji" and not os.path.exists(spec):
-            dataset = ImageNet(num_classes)
-            processes.say(f"{spec} is not here: assuming {len(dataset)} images and {len(dataset.classes)} classes")
+            dataset = Absent(None if how["captions"] else num_classes or 1000)
+            processes.say(f"{spec} is not here: assuming {dataset.fingerprint}")
         else:
             write = processes.rank == 0 and not planned
-            dataset = open_dataset(spec, config.resolution, augment, cache=folder, write=write)
+            dataset = open_dataset(spec, config.resolution, cache=folder, write=write, **how)
         if names:
             dataset = SomeClasses(dataset, names)
-            processes.say(f"--classes takes {textwrap.shorten(dataset.summary, 200, placeholder=' ...')}")
+        if held_out:
+            dataset = HeldOut(dataset, held_out)
+        if dataset.remark:
+            processes.say(textwrap.shorten(dataset.remark, 200, placeholder=" ..."))
     asked = f"--classes {','.join(names)}" if names else f"--data {spec}"
     other = next((r for r, seen in enumerate(processes.of_all(dataset.fingerprint)) if seen != dataset.fingerprint), 0)
     if other:
         raise UserError(f"rank {other} finds other pictures in {spec} than rank 0: make them the same")
+    if dataset.classes is None:
+        return dataset, config
     if num_classes not in (None, len(dataset.classes)):
         raise UserError(f"{asked} has {len(dataset.classes)} classes, not --num-classes {num_classes}")
     return dataset, dataclasses.replace(config, num_classes=len(dataset.classes))
 
 
-def open_judge(dataset, reference, weights, num, config, seed, device, precision, processes):
+def open_judge(dataset, encode, reference, weights, num, config, seed, device, precision, processes):
     """--eval-every: a function from the EMA model and a Stopping to {name: score}, or Stopped.
 
     Raises UserError now for what would fail then.
@@ -150,7 +157,7 @@ def open_judge(dataset, reference, weights, num, config, seed, device, precision
         raise UserError(f"--eval-num must be at least {network.least} for this evaluation")
 
     def judge(ema, stopping):
-        samples = ema_samples(ema, dataset.labels, num, seed, device, precision)
+        samples = ema_samples(ema, dataset.labels, num, seed, device, precision, encode or torch.tensor)
         pictures = (stopping.between_batches(side) for side in (real, samples))
         return eval_fid.judge(*pictures, network, device, processes)
 
@@ -168,31 +175,32 @@ def main():
     micro = micro_batch_size(args.batch_size, args.micro_batch, world)
     if not args.dry_run:
         processes.connect(device, args.timeout)
-    names = class_names(args.classes)
-    dataset, config = open_data(
-        args.data, names, args.num_classes, args.config, args.augment, args.out, processes, args.dry_run
-    )
+    opening = (args.config, data_settings(args), args.hold_out, args.out, processes, args.dry_run)
+    dataset, config = open_data(args.data, class_names(args.classes), args.num_classes, *opening)
     check_run(args, dataset, config)
     steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size) if args.epochs else args.steps
     if args.dry_run:
         plan = planned(args, config, world, precision)
         return processes.say(plan.describe(len(dataset), steps, args.size, args.keep))
-    judge = args.eval_every and open_judge(
-        dataset, args.eval_ref, args.inception, args.eval_num, config, args.seed, device, precision, processes
-    )
+    encoder, config = open_text_encoder(config, args.cache_text, device)
+    encode = encoder and encoder.encode
+    judging = (args.eval_ref, args.inception, args.eval_num, config, args.seed, device, precision, processes)
+    judge = args.eval_every and open_judge(dataset, encode, *judging)
     folder = RunFolder(args.out, processes, args.keep)
     dataset = folder.find(identity(args, config), dataset, args.accept_changed_data, mmap=device.type != "cpu")
 
     torch.manual_seed(args.seed)  # for the initial weights; all other random numbers come from named streams
-    model = PixNerd(config)
+    model = build_model(config)
     if args.init and folder.checkpoint is None:
         processes.say(start_from(model, args.init, dataset.classes))
+    if encoder:
+        fit_encoder(model, encoder, args.init or "this run")
     teacher = None
     if args.repa:
         teacher = (EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
     student = Student(model, args.repa_block, teacher.width if teacher else 0).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay)
+    optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay, args.beta2)
     step = folder.restore(student, ema, optimizers, args.weight_decay)
     model.call = RECOMPUTE[args.recompute]
     if step < steps and will_compile(args.compile, device, processes.say):
@@ -204,17 +212,17 @@ def main():
         args.out, processes, step, steps, args.batch_size, training_flops(config, isinstance(teacher, DINOv2)), peak
     )
     log.send_to(args.tensorboard, args.wandb, vars(args) | dataclasses.asdict(config))
-    size = f"{args.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
     if step < steps:
-        machines = f"{processes.world} x {device.type}"
-        processes.say(f"training {size}, on {args.data}, in {precision} on {machines}: {args.out}/")
+        size = f"{args.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
+        processes.say(f"training {size}, on {args.data}, in {precision} on {world} x {device.type}: {args.out}/")
     gauges, stopping = Gauges(processes, device), Stopping(processes)
     numbers = BatchNumbers(step, steps, args.batch_size, micro, processes.rank, processes.world)
-    batches = training_batches(dataset, numbers, args.seed, args.shift, args.workers, device)
+    batches = training_batches(dataset, numbers, args.seed, args.shift, args.workers, device, encode)
+    shown = preview_conditions(dataset, encode)
 
     def show(step):  # what a run shows of itself; at its start, what a stop after the last save left undone
         if log.wants_picture(step, args.preview_every):
-            log.picture(step, preview(ema, args.seed, device, precision))
+            log.picture(step, preview(ema, shown, args.seed, device, precision))
         if log.wants_scores(step, args.eval_every):
             with contextlib.suppress(Stopped):
                 log.scores(step, judge(ema, stopping))

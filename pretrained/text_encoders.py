@@ -17,6 +17,7 @@ An encoder has
 Letters: B texts, M text tokens, E width of the features.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -26,7 +27,7 @@ import unicodedata
 
 import torch
 
-from runtime.files import UserError
+from runtime.files import UserError, load_tensors, whole_file
 
 QWEN3 = "Qwen/Qwen3-1.7B"
 SPELLING = 0.7  # share of a word's vector that it has in common with words of the same spelling
@@ -46,6 +47,18 @@ def load_text_encoder(spec, width=None, length=None, device="cpu"):
             f"--text-encoder {spec}: there is no such folder; choose words, qwen3 or a folder of a Qwen3 model"
         )
     return Qwen3(spec, width, length or 128, device)
+
+
+def open_text_encoder(config, cache=None, device="cpu"):
+    """(encoder, config with the encoder's name) of a text model's configuration; (None, config) of any other.
+
+    cache: the folder of --cache-text, or None. Raises UserError.
+    """
+    if not hasattr(config, "text_encoder"):
+        return None, config
+    encoder = load_text_encoder(config.text_encoder, config.text_width, config.text_length, device)
+    config = dataclasses.replace(config, text_encoder=encoder.name)
+    return (Cached(encoder, cache) if cache else encoder), config
 
 
 def fit_encoder(model, encoder, path):
@@ -213,3 +226,40 @@ def _check_folder(folder):
         raise UserError(f"--text-encoder {folder}: one of its .json files is damaged ({error}): download it again")
     if kind != "qwen3":
         raise UserError(f"--text-encoder {folder} holds a model of type {kind}, not of qwen3")
+
+
+# ---- features on disk ------------------------------------------------------------------------------------------------
+
+
+class Cached:
+    """`--cache-text FOLDER`: an encoder that encodes each caption once, and reads its features from then on.
+
+    A file per caption, in bf16, which loses nothing of Qwen3's: 0.5 MB for 128 tokens of width 2048. Several processes
+    may share the folder: files appear whole, and their names are hashes of the encoder, its null features and the
+    caption. Raises UserError for a damaged file or a folder that cannot be written.
+    """
+
+    def __init__(self, encoder, folder):
+        self.encoder, self.folder = encoder, pathlib.Path(folder)
+        self.name, self.width, self.length = encoder.name, encoder.width, encoder.length
+        self.null, self.device = encoder.null, encoder.device
+        null = encoder.null.float().cpu().numpy().tobytes()
+        self.key = hashlib.sha256(f"{encoder.name} {encoder.width} {encoder.length} ".encode() + null)
+
+    def path(self, text):
+        """The file of a caption, in one of 256 folders."""
+        key = self.key.copy()
+        key.update(text.encode("utf-8", "surrogatepass"))
+        return self.folder / key.hexdigest()[:2] / f"{key.hexdigest()[2:40]}.pt"
+
+    def encode(self, texts):
+        missing = [text for text in dict.fromkeys(texts) if not self.path(text).exists()]
+        try:
+            for text, features in zip(missing, self.encoder.encode(missing) if missing else []):
+                self.path(text).parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(self.path(text)) as temporary:
+                    torch.save({"features": features.to("cpu", torch.bfloat16)}, temporary)
+        except OSError as error:
+            raise UserError(f"--cache-text {self.folder} cannot be written ({error.strerror}): choose another folder")
+        found = [load_tensors(self.path(text))["features"] for text in texts]  # (M, E) each
+        return torch.stack(found).float().to(self.device)  # (B, M, E)

@@ -1,5 +1,6 @@
 """Fetches Imagenette: ten classes of ImageNet, to train on something real (`python data.py imagenette FOLDER`)."""
 
+import argparse
 import fcntl
 import gzip
 import os
@@ -64,3 +65,11 @@ def fetch_imagenette(folder):
         "--patch-size 8 --batch-size 64 --steps 100000 --ema 0.999 --augment --preview-every 1000 "
         "--out runs/imagenette"
     )
+
+
+def main():
+    """The command line of data.py."""
+    parser = argparse.ArgumentParser(description="Fetch a data set and say how to train on it.")
+    parser.add_argument("name", choices=["imagenette"], help="ten classes of ImageNet, 340 MB")
+    parser.add_argument("folder", help="a new folder; a second time, it says what to do with it")
+    fetch_imagenette(parser.parse_args().folder)

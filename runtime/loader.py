@@ -35,11 +35,11 @@ def micro_batch_size(batch_size, micro_batch, world):
     return micro_batch or share
 
 
-def training_batches(dataset, numbers, seed, shift, workers, device):
+def training_batches(dataset, numbers, seed, shift, workers, device, encode=None):
     """Yields the batches that `numbers` lists, on the device: image, y, noise, t, u (data.TrainingSamples).
 
-    workers: processes that prepare them ahead of time (0: this one; None: as many as pay). A killed worker is a
-    RuntimeError that names it.
+    encode: turns a list of captions into y (B, M, E); None for classes. workers: processes that prepare them ahead of
+    time (0: this one; None: as many as pay). A killed worker is a RuntimeError that names it.
     """
     if workers is None:
         workers = 0 if dataset.in_memory else min(8, os.cpu_count() or 1)
@@ -53,6 +53,8 @@ def training_batches(dataset, numbers, seed, shift, workers, device):
         atexit.register(worker.kill)  # nothing happens to one that has ended
     try:
         for batch in batches:
+            if encode:
+                batch["y"] = encode(batch["y"])  # here and not in the workers, which have no GPU
             yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     except RuntimeError:
         time.sleep(1)  # of a killed worker, its broken connection is seen first; now torch's handler names it

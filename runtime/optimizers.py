@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(same, list(directions.unbind()), alpha=-0.2 * lr * max(shape) ** 0.5)
 
 
-def make_optimizers(model, name, lr, weight_decay=0.0):
+def make_optimizers(model, name, lr, weight_decay=0.0, beta2=0.999):
     """A list of optimizers that share out the parameters of `model`, for name "adamw" or "muon".
 
     With "muon", Muon takes the matrices of the transformer and field blocks, where nearly all weights are, and AdamW
@@ -74,5 +74,5 @@ def make_optimizers(model, name, lr, weight_decay=0.0):
     """
     matrices = [p for key, p in model.named_parameters() if name == "muon" and "blocks." in key and p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
-    adamw = torch.optim.AdamW(rest, lr, (0.9, 0.999), weight_decay=weight_decay, fused=True)
+    adamw = torch.optim.AdamW(rest, lr, (0.9, beta2), weight_decay=weight_decay, fused=True)
     return [adamw, Muon(matrices, lr, weight_decay=weight_decay)] if matrices else [adamw]

@@ -1,8 +1,8 @@
-"""The flags of train.py: one table with the type and range of each, its default in each recipe, and its help.
+"""The flags of train.py: one table with the type, range, default and help of each, and the recipes.
 
-A flag that is left out takes the default of its size's recipe. The settings of the model need no line here: each field
-of its configuration is a flag by itself. same_run marks what makes a run another run: a checkpoint is resumed only
-where all of these, and the configuration, are as they were.
+A flag that is left out takes the value of the recipe, or else its default. The settings of the model need no line here:
+each field of its configuration is a flag by itself. same_run marks what makes a run another run: a checkpoint is
+resumed only where all of these, and the configuration, are as they were.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import dataclasses
 import math
 import os
 
-from model import PRESETS
+import text_model
+from data import CROPS
+from model import PRESETS, PixNerdConfig
 from pretrained.emoji_classifier import EmojiTeacher
 from runtime.files import UserError
 from runtime.log import require
@@ -19,9 +21,25 @@ from runtime.machine import PEAKS
 from runtime.plan import MFU, Plan
 from runtime.recompute import RECOMPUTE
 
-# Nano's recipe was measured to be good for minutes on a CPU (docs/measurements.md); that of the other sizes is the
-# released one of the class-conditional model.
-RECIPES = ("Nano", "others")
+# What a recipe changes of the flags' defaults, which are the released class-conditional model's. The emoji's were
+# measured to be good for minutes on a CPU (docs/measurements.md, docs/text.md). text-N are the three stages of the
+# released text-to-image model; batch and steps are the paper's where it has them.
+EMOJI = dict(data="emoji", steps=1450, batch_size=64, optimizer="muon", lr=1e-2, schedule="cosine", warmup=20, ema=0.99)
+EMOJI |= dict(save_every=500, preview_every=500)
+TEXT = dict(data="captions", clip=1.0, beta2=0.95, repa=0.5, repa_block=6, save_every=2_000)
+RECIPES = {
+    "imagenet": {},
+    "emoji": EMOJI,
+    "emoji-text": EMOJI | dict(steps=3260, batch_size=96, ema=0.995),
+    "text-256": TEXT | dict(steps=200_000, batch_size=1536, lr=2e-4, shift=2.0),
+    "text-512": TEXT | dict(steps=80_000, batch_size=512, lr=1e-4, shift=4.0, resolution=512),
+    "text-sft": TEXT | dict(steps=60_000, batch_size=192, lr=1e-5, shift=4.0, resolution=512, beta2=0.999),
+}
+# (size, whether it reads text) -> the recipe where none is given. A recipe without a size takes the first that fits.
+DEFAULTS = {("Nano", False): "emoji", ("Nano", True): "emoji-text", ("XXL", True): "text-256"}
+DEFAULTS |= {(size, False): "imagenet" for size in ("XL", "L", "B", "S")}
+TEXT_ONLY = ("text-encoder", "cache-text", "skip-uncaptioned", "hold-out")
+CLASSES_ONLY = ("classes", "num-classes")
 
 
 def number(kind, fits, range_):
@@ -51,7 +69,7 @@ NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0 an
 
 @dataclasses.dataclass
 class Option:
-    """One flag. type: one of the above, str, bool (a switch) or a list of choices. default: one, or one per recipe."""
+    """One flag. type: one of the above, str, bool (a switch) or a list of choices. default: if no recipe has one."""
 
     name: str
     type: object
@@ -61,23 +79,28 @@ class Option:
 
 
 OPTIONS = [
-    Option("data", str, ("emoji", "$IMAGENET"), "emoji, a folder of class folders, or an uncompressed tar of one"),
+    Option("data", str, "ImageNet", "emoji, a folder or an uncompressed tar: of class folders or with captions"),
     Option("classes", str, None, "train on these only (emoji: kinds too); NAME:4: 4 times per epoch", same_run=True),
     Option("num-classes", COUNT, None, "refuse data with another number of classes"),
+    Option("skip-uncaptioned", bool, False, "leave out pictures without a caption, and captions without a picture"),
+    Option("hold-out", str, None, "a file of captions, one a line, whose pictures are left out"),
+    Option("cache-text", str, None, "folder for the features of each caption, so that each is encoded once"),
+    Option("crop", list(CROPS), "adm", "how a picture is scaled; released: of the text-to-image model", same_run=True),
     Option("augment", bool, False, "random crop and flip in place of the centre crop", same_run=True),
     Option("accept-changed-data", bool, False, "resume although pictures were added, removed or renamed"),
     Option("workers", FROM_0, None, "loader processes per process (default: 0 for emoji, else up to 8)"),
-    Option("batch-size", COUNT, (64, 256), "images per step over all processes", same_run=True),
+    Option("batch-size", COUNT, 256, "images per step over all processes", same_run=True),
     Option("micro-batch", COUNT, None, "images per forward pass and process; gradients add up (default: all)"),
-    Option("steps", COUNT, (1450, 800_000), "train until this step"),
+    Option("steps", COUNT, 800_000, "train until this step"),
     Option("epochs", TO_1E9, None, "instead: until each image was seen so many times (of NAME:N, N times as many)"),
-    Option("optimizer", ["adamw", "muon"], ("muon", "adamw"), "muon: for the matrices of the blocks", same_run=True),
-    Option("lr", POSITIVE, (1e-2, 1e-4), "learning rate"),
-    Option("schedule", ["constant", "cosine"], ("cosine", "constant"), "of the learning rate; cosine: to 0 at --steps"),
-    Option("warmup", FROM_0, (20, 0), "steps over which the learning rate rises from 0"),
+    Option("optimizer", ["adamw", "muon"], "adamw", "muon: for the matrices of the blocks", same_run=True),
+    Option("lr", POSITIVE, 1e-4, "learning rate"),
+    Option("schedule", ["constant", "cosine"], "constant", "of the learning rate; cosine: to 0 at --steps"),
+    Option("warmup", FROM_0, 0, "steps over which the learning rate rises from 0"),
+    Option("beta2", BELOW_1, 0.999, "of AdamW"),
     Option("weight-decay", NOT_NEGATIVE, 0.0, "of AdamW and Muon"),
     Option("clip", NOT_NEGATIVE, 0.0, "largest norm of the gradient (0: no limit, as released)"),
-    Option("ema", BELOW_1, (0.99, 0.9999), "decay of the averaged weights per step"),
+    Option("ema", BELOW_1, 0.9999, "decay of the averaged weights per step"),
     Option("drop-label", SHARE, 0.1, "share of samples trained without their class, for guidance", same_run=True),
     Option("shift", POSITIVE, 1.0, "time shift of the training times", same_run=True),
     Option("repa", NOT_NEGATIVE, 0.0, "weight of alignment with a teacher (0: none; the paper: 0.5)", same_run=True),
@@ -91,10 +114,10 @@ OPTIONS = [
     Option("device", str, "auto", "auto (cuda, then mps, then cpu), or its name"),
     Option("timeout", TO_1E9, 1800.0, "seconds to wait for another process, as while it saves"),
     Option("out", str, None, "folder of the run (default: runs/SIZE)"),
-    Option("save-every", FROM_0, (500, 5_000), "steps between checkpoints (0: only at the end)"),
+    Option("save-every", FROM_0, 5_000, "steps between checkpoints (0: only at the end)"),
     Option("keep", COUNT, 2, "checkpoints kept, at least 2"),
     Option("log-every", FROM_0, 100, "steps between lines of metrics (0: only with a checkpoint)"),
-    Option("preview-every", FROM_0, (500, 10_000), "steps between previews (0: none)"),
+    Option("preview-every", FROM_0, 10_000, "steps between previews (0: none)"),
     Option("eval-every", FROM_0, 0, "steps between evaluations of EMA samples (0: none)"),
     Option("eval-num", COUNT, 1000, "samples drawn for an evaluation"),
     Option("eval-ref", str, None, "reference of its FID, as eval_fid.py takes it (emoji: the data, by emoji distance)"),
@@ -112,64 +135,99 @@ NEEDS = {"dino": "repa", "eval-ref": "eval-every", "inception": "eval-ref"}
 NEEDS |= dict.fromkeys(("world-size", "gpu", "mfu", "bandwidth"), "dry-run")
 
 
+def settings():
+    """{name: field} of both models' configurations: the flags that shape a model.
+
+    Not among them is the number of classes, which the data decide.
+    """
+    kinds = (text_model.TextPixNerdConfig, PixNerdConfig)
+    fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
+    return {name: field for name, field in fields.items() if name != "num_classes"}
+
+
 def make_parser():
     """The parser of all flags. Each is None where it is not given."""
-    parser = argparse.ArgumentParser(description="Train PixNerd. Running the same command again resumes.")
-    parser.add_argument("--size", choices=PRESETS, default="Nano", help="model preset (default: Nano)")
+    about = "Train PixNerd. Running the same command again resumes."
+    parser = argparse.ArgumentParser(usage="train.py [--FLAG VALUE ...]; --help explains each", description=about)
+    parser.add_argument("--size", choices=PRESETS | text_model.PRESETS, help="model preset (default: Nano)")
+    parser.add_argument("--recipe", choices=RECIPES, help="of the flags below (default: the size's)")
     for option in OPTIONS:
-        help, default = option.help, option.default
-        if isinstance(default, tuple):
-            help += f" ({', '.join(f'{recipe}: {value}' for recipe, value in zip(RECIPES, default))})"
-        elif default not in (None, False):
-            help += f" (default: {default})"
+        shown = [] if option.default in (None, False) else [f"default: {option.default}"]
+        key = option.name.replace("-", "_")
+        shown += [f"{name}: {recipe[key]}" for name, recipe in RECIPES.items() if key in recipe]
         how = {"type": option.type}
         if option.type is bool:
             how = {"action": "store_true", "default": None}
         elif isinstance(option.type, list):
             how = {"choices": option.type}
-        parser.add_argument(f"--{option.name}", help=help, **how)
-    for field in settings():
+        parser.add_argument(f"--{option.name}", help=option.help + f" ({'; '.join(shown)})" * bool(shown), **how)
+    for name, field in settings().items():
         kind, choices = COUNT if field.type is int else str, field.metadata["choices"]
         help = f"{field.metadata['help']} (default: the size's)"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, choices=choices, help=help)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices, help=help)
     return parser
-
-
-def settings():
-    """The fields of the model's configuration that are flags: all but the number of classes, which the data decide."""
-    return [field for field in dataclasses.fields(PRESETS["XL"]) if field.name != "num_classes"]
 
 
 def parse_args(argv=None):
     """The command line of train.py, every flag with its value; args.config is the configuration of the model."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = {name.replace("_", "-") for name, value in vars(args).items() if value is not None}
+    given = {name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
+    text = args.size == "XXL" or "text-encoder" in given or "text" in (args.recipe or "")
+    if args.size is None:
+        fitting = [key for key, recipe in DEFAULTS.items() if recipe == args.recipe]
+        args.size = fitting[0][0] if fitting else ("XXL" if args.recipe else "Nano")
+    args.recipe = args.recipe or DEFAULTS.get((args.size, text))
+    presets = text_model.PRESETS if text else PRESETS
+    if args.size not in presets or not args.recipe:
+        parser.error(f"--size {args.size} reads no text: choose {' or '.join(presets)}, and change its settings")
+    recipe = RECIPES[args.recipe]
+    for option in OPTIONS:
+        key = option.name.replace("-", "_")
+        if option.name not in given:
+            setattr(args, key, recipe.get(key, option.default))
     for name, needed in NEEDS.items():
         if name in given and not getattr(args, needed.replace("-", "_")):  # 0 turns it off
             parser.error(f"--{name} does nothing without --{needed}: add it, or leave both out")
-    if {"steps", "epochs"} <= given:
+    for name in CLASSES_ONLY if text else TEXT_ONLY:
+        if name in given:
+            kinds = ("classes", "text") if text else ("text", "classes")
+            parser.error(f"--{name} is for models of {kinds[0]}, and this one is of {kinds[1]}: leave it out")
+    if {"steps", "epochs"} <= given.keys():
         parser.error("--epochs and --steps both say how long: leave one out")
-    chosen = {field.name: getattr(args, field.name) for field in settings()}
-    try:
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        args.config = dataclasses.replace(PRESETS[args.size], **chosen)
-    except ValueError as error:
-        parser.error(str(error))
-    for option in OPTIONS:
-        if option.name not in given:
-            default = option.default
-            default = default[args.size != "Nano"] if isinstance(default, tuple) else default
-            setattr(args, option.name.replace("-", "_"), default)
-    if args.data == "$IMAGENET":
+    if {"crop", "augment"} <= given.keys() or ("crop" in given and args.data == "emoji"):
+        parser.error("--crop is for pictures of a folder or a tar that are not augmented: leave it out")
+    args.config = _configuration(parser, presets[args.size], recipe, given)
+    if args.data == "ImageNet":
         args.data = os.environ.get("IMAGENET") or "imagenet/train"
         if not os.path.exists(args.data) and not args.dry_run:
             parser.error(
                 f"--size {args.size} learns ImageNet, and {args.data} is not here: give --data FOLDER with one "
                 "folder of pictures per class, or set the variable IMAGENET to that folder"
             )
-    args.out = args.out or f"runs/{args.size}"
+    if args.data == "captions" and not args.dry_run:
+        parser.error(f"--recipe {args.recipe} learns from captions: give --data FOLDER, with x.txt beside each x.jpg")
+    args.out = args.out or f"runs/{args.recipe if text else args.size}"
     return args
+
+
+def _configuration(parser, preset, recipe, given):
+    """The preset with the settings that the recipe and the flags change."""
+    settings_of = {name.replace("_", "-"): name for name in settings()}
+    fields = {field.name for field in dataclasses.fields(preset)}
+    chosen = {name: value for name, value in recipe.items() if name in settings()}
+    encoder = given.get("text-encoder")
+    if encoder not in (None, getattr(preset, "text_encoder", None)):  # the shape of its features, not of the preset's
+        width, length = (64, 16) if encoder == "words" else (2048, 128)
+        chosen |= {"text_width": width, "text_length": length}
+    chosen |= {settings_of[flag]: value for flag, value in given.items() if flag in settings_of}
+    for name in chosen:
+        if name not in fields:
+            parser.error(f"--{name.replace('_', '-')} is not a setting of this kind of model: leave it out")
+    try:
+        return dataclasses.replace(preset, **chosen)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def identity(args, config):
@@ -187,6 +245,12 @@ def class_names(text):
         return None
     line = " ".join(text.splitlines())  # csv refuses line breaks
     return [name.strip() for name in next(csv.reader([line], skipinitialspace=True), []) or [""]]
+
+
+def data_settings(args):
+    """What data.open_dataset needs of the flags, by name."""
+    captions = hasattr(args.config, "text_encoder")
+    return dict(augment=args.augment, captions=captions, skip=args.skip_uncaptioned, crop=args.crop)
 
 
 def check_run(args, dataset, config):

@@ -34,18 +34,21 @@ NVLINK = {"a100": 300, "h100": 450}
 TRUNK, FIELD, WRITTEN, EAGER = 25, 5.7, 1.3, 1.6
 # ViT-B/14, the teacher of --repa: width, blocks, patch, weights.
 TEACHER_WIDTH, TEACHER_DEPTH, TEACHER_PATCH, TEACHER_WEIGHTS = 768, 12, 14, 86.6e6
+# Qwen3-1.7B, the text encoder of XXL: all weights, which it keeps in bf16, and those in the matrices of its blocks.
+ENCODER_WEIGHTS, ENCODER_MATRICES = 1.72e9, 1.41e9
 
 
-class ImageNet:
-    """What a plan needs of data that are not on this machine: the numbers of ImageNet's training set."""
+class Absent:
+    """What a plan needs of data that are not on this machine: as many pictures as ImageNet's training set has."""
 
-    fingerprint, classifier = "ImageNet", None
+    classifier, remark, images = None, None, 1_281_167
 
-    def __init__(self, num_classes=None):
-        self.classes = range(num_classes or 1000)
+    def __init__(self, num_classes):
+        self.classes = num_classes and range(num_classes)  # None: captions
+        self.fingerprint = f"{self.images} images and {f'{num_classes} classes' if num_classes else 'captions'}"
 
     def __len__(self):
-        return 1_281_167
+        return self.images
 
     def members(self):
         """--classes cannot be planned: how many pictures there are of a name is not known here."""
@@ -57,19 +60,26 @@ def epochs_to_steps(epochs, images, batch_size):
     return math.ceil(epochs * images / batch_size)
 
 
+def reads_qwen3(config):
+    """Whether sentences have to pass a language model first. That of another folder counts as Qwen3-1.7B."""
+    return getattr(config, "text_encoder", "words") != "words"
+
+
 def training_flops(config, repa=False):
     """FLOPs of training on one image: three forward passes of the model and, with --repa, of the projector.
 
-    The teacher of --repa has no backward pass and counts once: 46 GFLOP for ViT-B/14 at 224 pixels, 256 tokens.
+    The teacher of --repa has no backward pass and counts once: 46 GFLOP for ViT-B/14 at 224 pixels, 256 tokens. So does
+    Qwen3: 361 GFLOP for 128 text tokens.
     """
+    encoder = 2 * ENCODER_MATRICES * config.text_length if reads_qwen3(config) else 0
     if not repa:
-        return 3 * forward_flops(config)
+        return 3 * forward_flops(config) + encoder
     rows, columns = config.token_grid(config.resolution, config.resolution)
     L, D, T = rows * columns, config.hidden_size, TEACHER_WIDTH
     projector = 2 * L * (2 * D * D + D * T)
     patches = 2 * L * 3 * TEACHER_PATCH**2 * T
     blocks = TEACHER_DEPTH * 2 * (L + 1) * (12 * T * T + 2 * (L + 1) * T)  # with the class token
-    return 3 * (forward_flops(config) + projector) + patches + blocks
+    return 3 * (forward_flops(config) + projector) + patches + blocks + encoder
 
 
 @dataclasses.dataclass
@@ -78,8 +88,8 @@ class Plan:
 
     parameters: trained ones, the projector of --repa among them. flops: of training on one image, what MFU counts.
     repeated: FLOPs per image that --recompute does a second time. weights: with gradients, EMA, the optimizer's
-    averages and the teacher. kept: activations at the fullest moment. checkpoint: one file. traffic: sent per step, to
-    add up the gradients. seconds, exchange: of a step and of its traffic, None without a gpu.
+    averages, the teacher and the text encoder. kept: activations at the fullest moment. checkpoint: one file. traffic:
+    sent per step, to add up the gradients. seconds, exchange: of a step and of its traffic, None without a gpu.
     """
 
     config: object
@@ -103,11 +113,10 @@ class Plan:
         averages = {"adamw": 2, "muon": 1}[self.optimizer]  # of nearly every parameter
         self.parameters = model + projector
         # An average of the weights is kept of the model, not of the projector.
-        self.weights = 4 * ((3 + averages) * model + 4 * projector) + (4 * TEACHER_WEIGHTS if self.repa else 0)
+        self.weights = 4 * ((3 + averages) * model + 4 * projector)
+        self.weights += 4 * TEACHER_WEIGHTS * self.repa + 2 * ENCODER_WEIGHTS * reads_qwen3(config)
         self.checkpoint = 4 * ((2 + averages) * model + 3 * projector)  # all of that but gradients and teacher
-        self.traffic = (
-            4 * self.parameters * 2 * (world - 1) / world
-        )  # a ring: every piece goes twice around, less a hop
+        self.traffic = 8 * self.parameters * (world - 1) / world  # a ring: every piece goes twice around, less a hop
         self.kept = self._activations()
         forward = forward_flops(config)
         self.flops = training_flops(config, self.repa)

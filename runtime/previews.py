@@ -33,22 +33,36 @@ def draw(ema, y, numbers, seed, device, precision, steps, shift, scale, interval
     return torch.cat(images).cpu()  # (B, 3, H, W)
 
 
-def preview(ema, seed, device, precision):
-    """A grid of EMA samples, one row per class (at most 9), from the same noise every time."""
-    y = torch.arange(min(ema.config.num_classes, MOST_CLASSES)).repeat_interleave(PER_CLASS)  # (N)
+def preview_conditions(dataset, encode=None):
+    """What previews show, y (N, ...): eight of each class (of the first 9), or 72 captions from all over the data.
+
+    encode: turns captions into features; None for classes.
+    """
+    if encode is None:
+        return torch.arange(min(len(dataset.classes), MOST_CLASSES)).repeat_interleave(PER_CLASS)  # (N)
+    captions, N = dataset.labels, PER_CLASS * MOST_CLASSES
+    return encode([captions[i * len(captions) // N] for i in range(N)]).cpu()  # (N, M, E)
+
+
+def preview(ema, y, seed, device, precision):
+    """A grid of EMA samples of the conditions y (N, ...), eight a row, from the same noise every time."""
     how = FOR_SMALL if ema.config.resolution <= SMALL else AS_THE_PAPER
     return picture_grid(draw(ema, y, range(len(y)), seed, device, precision, **how), PER_CLASS)
 
 
-def ema_samples(ema, labels, num, seed, device, precision):
-    """`num` EMA samples as Pictures for eval_fid.py, classes as often as in `labels`, the classes of the data."""
+def ema_samples(ema, labels, num, seed, device, precision, encode=torch.tensor):
+    """`num` EMA samples as Pictures for eval_fid.py, of classes or captions as often as in `labels`, those of the data.
+
+    encode: turns some of the labels into the condition y (B, ...).
+    """
     labels = sorted(labels)
-    y = torch.tensor([labels[i * len(labels) // num] for i in range(num)])  # (num)
+    labels = [labels[i * len(labels) // num] for i in range(num)]
     how = JUDGED_SMALL if ema.config.resolution <= SMALL else AS_THE_PAPER
 
     def batches(batch_size, rank=0, world=1):
         for start in range(rank * batch_size, num, world * batch_size):
             numbers = range(start, min(start + batch_size, num))
-            yield draw(ema, y[numbers.start : numbers.stop], numbers, seed, device, precision, **how)  # (B, 3, H, W)
+            y = encode(labels[numbers.start : numbers.stop])  # (B, ...)
+            yield draw(ema, y, numbers, seed, device, precision, **how)  # (B, 3, H, W)
 
     return Pictures("EMA samples", num, (ema.config.resolution, ema.config.resolution), batches, {})

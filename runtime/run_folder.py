@@ -72,7 +72,7 @@ class RunFolder:
             remedy = "restore them, or give --accept-changed-data"
             raise UserError(f"{path}: the pictures are not those of the run so far; {remedy}")
         # Class c must stay the run's class c: renamed folders would change the meaning of every number.
-        names, now = list(state["class_names"]), list(dataset.classes)
+        names, now = state["class_names"], dataset.classes  # None, of captions, whose words are in the fingerprint
         if now == names:
             return dataset
         if sorted(now) == sorted(names):
@@ -107,7 +107,8 @@ class RunFolder:
                 "format": FORMAT,
                 "config": dataclasses.asdict(student.model.config),
                 "class_names": dataset.classes,
-                "class_counts": np.bincount(dataset.labels, minlength=len(dataset.classes)).tolist(),
+                "class_counts": dataset.classes
+                and np.bincount(dataset.labels, minlength=len(dataset.classes)).tolist(),
                 "identity": self.identity,
                 "fingerprint": self.fingerprint,
                 "step": step,

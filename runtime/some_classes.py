@@ -1,16 +1,17 @@
-"""Some classes of a data set, or some of them more often than others (`train.py --classes flags,food-fruit:4`)."""
+"""Parts of a data set: some classes (`train.py --classes flags,food-fruit:4`), or all but some captions."""
 
 import difflib
 
 import numpy as np
 
+from data import Pictures
 from runtime.files import UserError
 
 
-class SomeClasses:
+class SomeClasses(Pictures):
     """Some classes of a data set, which become classes 0, 1, ... in the order of `names`.
 
-    "NAME:N" takes each picture of NAME N times per epoch (1 to 1,000). .summary: how many pictures of what that makes.
+    "NAME:N" takes each picture of NAME N times per epoch (1 to 1,000). .remark: how many pictures of what that makes.
     Raises UserError for a name that is not there, for pictures of two names, and for another N.
     """
 
@@ -35,14 +36,8 @@ class SomeClasses:
             self.classes.append(name)
             counts.append(f"{name} {len(members[name])}" + (f" x {repeat}" if repeat > 1 else ""))
         self.kept = np.concatenate(kept)  # an array, which loader workers share
-        self.summary = f"{taken.sum()} pictures: {', '.join(counts)}"
+        self.remark = f"--classes takes {taken.sum()} pictures: {', '.join(counts)}"
         self.fingerprint = f"{dataset.fingerprint}, of it in this order {', '.join(names)}"
-
-    def __len__(self):
-        return len(self.kept)
-
-    def __getitem__(self, i):
-        return self.picture(i), self.labels[i]
 
     def picture(self, i, rng=None):
         """The picture of the whole data set that is number i here."""
@@ -51,3 +46,27 @@ class SomeClasses:
     def members(self):
         """Of the chosen classes."""
         return {name: np.flatnonzero(np.equal(self.labels, c)) for c, name in enumerate(self.classes)}
+
+
+class HeldOut(Pictures):
+    """A captioned data set without the pictures whose captions `path` lists, one a line. Raises UserError."""
+
+    classes = None
+
+    def __init__(self, dataset, path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                unwanted = set(file.read().splitlines()) - {""}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--hold-out {path} cannot be read ({error}): give a text file with one caption a line")
+        if unknown := unwanted - {label.strip() for label in dataset.labels}:
+            raise UserError(f"--hold-out {path}: no picture has the caption {sorted(unknown)[0]!r}")
+        self.kept = [i for i, label in enumerate(dataset.labels) if label.strip() not in unwanted]
+        self.dataset, self.labels = dataset, [dataset.labels[i] for i in self.kept]
+        self.in_memory, self.classifier = dataset.in_memory, dataset.classifier
+        self.remark = f"--hold-out leaves {len(self)} of {len(dataset)} pictures"
+        self.fingerprint = f"{dataset.fingerprint}, without {sorted(unwanted)}"
+
+    def picture(self, i, rng=None):
+        """The picture of the whole data set that is number i here."""
+        return self.dataset.picture(self.kept[i], rng)

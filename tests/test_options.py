@@ -30,7 +30,7 @@ def test_what_makes_a_run_another_run_is_marked_in_the_table():
     """As the runs so far have it in their checkpoints: what changes the samples, the loss or the optimizer's state."""
     marked = {option.name for option in OPTIONS if option.same_run}
     assert marked == {
-        *("classes", "augment", "batch-size", "optimizer", "drop-label", "shift", "repa", "repa-block", "seed")
+        *("classes", "crop", "augment", "batch-size", "optimizer", "drop-label", "shift", "repa", "repa-block", "seed")
     }
     args = parse_args(["--repa", "0.5", "--dino", "emoji", "--classes", "food, flags"])
     found = identity(args, args.config)
@@ -78,7 +78,7 @@ def test_help_names_the_default_of_each_recipe(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "learning rate (Nano: 0.01, others: 0.0001)" in text and "--field-norm {none,first,both,output}" in text
+    assert "learning rate (default: 0.0001; emoji: 0.01;" in text and "--field-norm {none,first,both,output}" in text
 
 
 def test_names_of_classes_are_separated_by_commas():

@@ -55,7 +55,7 @@ def test_a_kind_with_a_number_comes_so_often_per_epoch(emoji):
     fruit = {(emoji[i][0].numpy().tobytes(), 0) for i in np.flatnonzero(emoji.kinds == "food-fruit")}
     assert {picture for picture, times in seen.items() if times == 4} == fruit and len(fruit) == 20
     assert all(label == 1 for picture, label in seen.keys() - fruit)
-    assert some.summary == "279 pictures: food-fruit 20 x 4, country-flag 259"
+    assert some.remark == "--classes takes 279 pictures: food-fruit 20 x 4, country-flag 259"
     assert len(SomeClasses(emoji, ["food-fruit", "country-flag"])) == 20 + 259
 
 

@@ -5,9 +5,11 @@ saving         whole files or none
 download       a file from the network, once
 images         one JPEG, PNG or WEBP file -> RGB
 weights        a file of weights, checked, into a module
-picture_index  which pictures a folder or a tar holds
+picture_index  which pictures a folder or a tar holds, by class
+captions       which pictures it holds, each with its caption
 """
 
+from runtime.files.captions import index_captions
 from runtime.files.download import cached_download
 from runtime.files.errors import UserError, run
 from runtime.files.images import cut_long_sides, read_image
@@ -21,6 +23,7 @@ __all__ = [
     "check_writable",
     "cut_long_sides",
     "damaged_record",
+    "index_captions",
     "index_pictures",
     "load_tensors",
     "load_weights",

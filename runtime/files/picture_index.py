@@ -46,6 +46,8 @@ class PictureIndex:
     memory that a fork shares.
     """
 
+    remark = None  # what a user should hear of it; captions have one
+
     def __init__(self, source, stamps, classes, counts, prefix, names, places):
         # `names` are "class/path" without `prefix`; `places` are (offset, size) in a tar, or empty for a folder.
         self.source, self.stamps, self.classes, self.counts, self.prefix = source, stamps, classes, counts, prefix

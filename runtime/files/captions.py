@@ -1,0 +1,158 @@
+"""Pictures with captions: which a folder or a tar holds, what each caption says, and where each picture is.
+
+    index = index_captions("PHOTOS")        # x.jpg beside x.txt, at any depth; or metadata.jsonl; or tars of such pairs
+    index = index_captions("00000.tar")     # KEY.jpg and KEY.txt, as img2dataset writes them
+    index.labels[7], index.where(7), index.read(7)
+
+A line of metadata.jsonl has file_name, relative to the folder of that file, and text. A caption is the whole text, not
+stripped (released model); one of blanks alone counts as none. Left out: compressed tars; captions of several languages;
+a kept list for a quick start, as of class folders, since all captions have to be read anyway.
+"""
+
+import hashlib
+import json
+import os
+import posixpath
+import tarfile
+
+from runtime.files.errors import UserError
+from runtime.files.picture_index import SUFFIXES, tar_members
+
+METADATA, TEXTS = "metadata.jsonl", (".txt", "metadata.jsonl")
+MOST_NAMED = 3  # of a long list of faults, in a message
+
+
+class CaptionIndex:
+    """.labels: the captions; .fingerprint: changes with any name or caption; .remark: what was left out, or None."""
+
+    classes = None  # a condition in words needs none
+
+    def __init__(self, source, names, captions, places, skipped=0):
+        self.source, self.names, self.labels, self.places = source, names, captions, places
+        self.remark = f"{skipped} files without a caption or a picture are left out" if skipped else None
+        told = "".join(f"{len(part)}:{part}" for pair in zip(names, captions) for part in pair)
+        self.fingerprint = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def where(self, i):
+        """The path of picture i, for people too: folder/x.png, or "archive.tar: x.png"."""
+        tar = self.places[i][0]
+        return f"{tar}: {self.names[i]}" if tar else os.path.join(self.source, self.names[i])
+
+    def read(self, i):
+        """The bytes of picture i of a tar; None for a file, where `where(i)` is its path. Raises UserError."""
+        tar, offset, size = self.places[i]
+        if not tar:
+            return None
+        try:
+            with open(tar, "rb", buffering=0) as file:
+                content = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise UserError(f"{self.where(i)} cannot be read ({error.strerror}): is the tar still there?")
+        if len(content) != size:
+            raise UserError(f"{self.where(i)}: the tar was changed while it was in use: start again")
+        return content
+
+
+def index_captions(source, skip=False):
+    """The CaptionIndex of a folder or an uncompressed tar, sorted by path. Raises UserError.
+
+    skip: leave out pictures without a caption, and captions without a picture, instead of refusing the data.
+    """
+    source = os.fspath(source)
+    if not os.path.exists(source):
+        raise UserError(f"there is no data folder or tar file {source}: give --data a folder of captioned pictures")
+    pictures, captions = {}, {}  # name -> (tar, offset, size); name without its suffix -> text
+    try:
+        if os.path.isdir(source):
+            _read_folder(source, pictures, captions)
+        else:
+            _read_tar(source, "", pictures, captions)
+    except OSError as error:
+        raise UserError(f"{error.filename or source} cannot be read: {error.strerror}")
+    if not pictures:
+        raise UserError(f"{source} holds no JPEG, PNG or WEBP images")
+    stems = {}
+    for name in sorted(pictures):
+        stem = posixpath.splitext(name)[0]
+        if stem in stems:
+            raise UserError(f"{stems[stem]} and {name} share one caption: rename one of the two")
+        stems[stem] = name
+    bare = [name for stem, name in stems.items() if not captions.get(stem, "").strip()]
+    lonely = [stem for stem in captions if stem not in stems]
+    if not skip:
+        _refuse(source, bare, "pictures without a caption")
+        _refuse(source, lonely, "captions without a picture")
+    kept = [(stem, name) for stem, name in stems.items() if captions.get(stem, "").strip()]
+    if not kept:
+        raise UserError(f"{source}: not one picture has a caption: put x.txt beside x.jpg, or write {METADATA}")
+    names = [name for _, name in kept]
+    places = [pictures[name] for name in names]
+    return CaptionIndex(source, names, [captions[stem] for stem, _ in kept], places, len(bare) + len(lonely))
+
+
+def _refuse(source, names, what):
+    if names:
+        named = ", ".join(sorted(names)[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED)
+        raise UserError(f"{source} has {len(names)} {what} ({named}): add them, or give --skip-uncaptioned")
+
+
+def _add(captions, name, text, where):
+    """Notes the caption of the picture `name`; bytes must be UTF-8."""
+    stem = posixpath.splitext(name)[0]
+    if stem in captions:
+        raise UserError(f"{where}: {name} has a second caption: remove one of the two")
+    try:
+        captions[stem] = text if isinstance(text, str) else text.decode("utf-8-sig")  # a mark of Windows' editors
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not a text in UTF-8: save it in that encoding")
+
+
+def _read_folder(root, pictures, captions):
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(name for name in inside if name[0] != ".")
+        for file in files:
+            path, kind = os.path.join(folder, file), file.lower()
+            name = os.path.relpath(path, root)
+            if kind.endswith(SUFFIXES):
+                pictures[name] = ("", 0, 0)
+            elif kind.endswith(TEXTS):
+                with open(path, "rb") as text:
+                    _read_text(name, path, text.read(), captions)
+            elif kind.endswith(".tar"):
+                _read_tar(path, name, pictures, captions)
+
+
+def _read_text(name, where, content, captions):
+    """The captions of a .txt (one) or metadata.jsonl (one a line)."""
+    if name.lower().endswith(".txt"):
+        _add(captions, name, content, where)
+    else:
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                entry = json.loads(line or "{}")
+                file_name, text = entry.get("file_name"), entry.get("text")
+            except (ValueError, AttributeError):
+                raise UserError(f"{where}, line {number}, is not a JSON object")
+            if line.strip() and not (isinstance(file_name, str) and isinstance(text, str)):
+                raise UserError(f"{where}, line {number}, lacks file_name or text")
+            if line.strip():
+                _add(captions, posixpath.normpath(posixpath.join(posixpath.dirname(name), file_name)), text, where)
+
+
+def _read_tar(path, prefix, pictures, captions):
+    """Names of what is in a tar of a folder begin with `prefix`, its own, so that two tars may use the same keys."""
+    try:
+        tar = tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape")
+    except (tarfile.TarError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path} is not an uncompressed tar file ({error})")
+    with tar:
+        for member in tar_members(tar, path):
+            name, kind = posixpath.join(prefix, posixpath.normpath(member.name)), member.name.lower()
+            if not member.isreg():
+                continue
+            if kind.endswith(SUFFIXES):
+                if name in pictures:
+                    raise UserError(f"{path} holds {member.name} twice: make the tar again")
+                pictures[name] = (path, member.offset_data, member.size)
+            elif kind.endswith(TEXTS):
+                _read_text(name, f"{path}: {member.name}", tar.extractfile(member).read(), captions)
