@@ -20,6 +20,7 @@ from runtime.log import require
 from runtime.machine import PEAKS
 from runtime.plan import MFU, Plan
 from runtime.recompute import RECOMPUTE
+from text_model import TextPixNerdConfig
 
 # What a recipe changes of the flags' defaults, which are the released class-conditional model's. The emoji's were
 # measured to be good for minutes on a CPU (docs/measurements.md, docs/text.md). text-N are the three stages of the
@@ -38,8 +39,7 @@ RECIPES = {
 # (size, whether it reads text) -> the recipe where none is given. A recipe without a size takes the first that fits.
 DEFAULTS = {("Nano", False): "emoji", ("Nano", True): "emoji-text", ("XXL", True): "text-256"}
 DEFAULTS |= {(size, False): "imagenet" for size in ("XL", "L", "B", "S")}
-TEXT_ONLY = ("text-encoder", "cache-text", "skip-uncaptioned", "hold-out")
-CLASSES_ONLY = ("classes", "num-classes")
+TEXT_ONLY, CLASSES_ONLY = ("cache_text", "skip_uncaptioned", "hold_out"), ("classes", "num_classes")
 
 
 def number(kind, fits, range_):
@@ -76,6 +76,11 @@ class Option:
     default: object
     help: str
     same_run: bool = False
+
+    @property
+    def key(self):
+        """The name of its value among the parsed arguments."""
+        return self.name.replace("-", "_")
 
 
 OPTIONS = [
@@ -131,18 +136,16 @@ OPTIONS = [
     Option("bandwidth", POSITIVE, None, "with --dry-run: GB/s from GPU to GPU (default: NVLink's)"),
 ]
 # A flag without effect is a mistake: each of these needs another one.
-NEEDS = {"dino": "repa", "eval-ref": "eval-every", "inception": "eval-ref"}
-NEEDS |= dict.fromkeys(("world-size", "gpu", "mfu", "bandwidth"), "dry-run")
+NEEDS = {"dino": "repa", "eval_ref": "eval_every", "inception": "eval_ref"}
+NEEDS |= dict.fromkeys(("world_size", "gpu", "mfu", "bandwidth"), "dry_run")
+# {name: field} of both models' configurations: the flags that shape a model. The data decide the number of classes.
+SETTINGS = {field.name: field for kind in (TextPixNerdConfig, PixNerdConfig) for field in dataclasses.fields(kind)}
+del SETTINGS["num_classes"]
 
 
-def settings():
-    """{name: field} of both models' configurations: the flags that shape a model.
-
-    Not among them is the number of classes, which the data decide.
-    """
-    kinds = (text_model.TextPixNerdConfig, PixNerdConfig)
-    fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
-    return {name: field for name, field in fields.items() if name != "num_classes"}
+def flag(name):
+    """As it is typed: "batch_size" -> "--batch-size"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def make_parser():
@@ -153,18 +156,16 @@ def make_parser():
     parser.add_argument("--recipe", choices=RECIPES, help="of the flags below (default: the size's)")
     for option in OPTIONS:
         shown = [] if option.default in (None, False) else [f"default: {option.default}"]
-        key = option.name.replace("-", "_")
-        shown += [f"{name}: {recipe[key]}" for name, recipe in RECIPES.items() if key in recipe]
+        shown += [f"{name}: {recipe[option.key]}" for name, recipe in RECIPES.items() if option.key in recipe]
         how = {"type": option.type}
         if option.type is bool:
             how = {"action": "store_true", "default": None}
         elif isinstance(option.type, list):
             how = {"choices": option.type}
         parser.add_argument(f"--{option.name}", help=option.help + f" ({'; '.join(shown)})" * bool(shown), **how)
-    for name, field in settings().items():
-        kind, choices = COUNT if field.type is int else str, field.metadata["choices"]
-        help = f"{field.metadata['help']} (default: the size's)"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices, help=help)
+    for name, field in SETTINGS.items():
+        how = {"type": COUNT if field.type is int else str, "choices": field.metadata["choices"]}
+        parser.add_argument(flag(name), help=f"{field.metadata['help']} (default: the size's)", **how)
     return parser
 
 
@@ -172,8 +173,8 @@ def parse_args(argv=None):
     """The command line of train.py, every flag with its value; args.config is the configuration of the model."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = {name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
-    text = args.size == "XXL" or "text-encoder" in given or "text" in (args.recipe or "")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    text = args.size == "XXL" or "text_encoder" in given or "text" in (args.recipe or "")
     if args.size is None:
         fitting = [key for key, recipe in DEFAULTS.items() if recipe == args.recipe]
         args.size = fitting[0][0] if fitting else ("XXL" if args.recipe else "Nano")
@@ -182,22 +183,20 @@ def parse_args(argv=None):
     if args.size not in presets or not args.recipe:
         parser.error(f"--size {args.size} reads no text: choose {' or '.join(presets)}, and change its settings")
     recipe = RECIPES[args.recipe]
+    args.config = _configuration(parser, presets[args.size], recipe | given)
     for option in OPTIONS:
-        key = option.name.replace("-", "_")
-        if option.name not in given:
-            setattr(args, key, recipe.get(key, option.default))
+        setattr(args, option.key, (recipe | given).get(option.key, option.default))
     for name, needed in NEEDS.items():
-        if name in given and not getattr(args, needed.replace("-", "_")):  # 0 turns it off
-            parser.error(f"--{name} does nothing without --{needed}: add it, or leave both out")
+        if name in given and not getattr(args, needed):  # 0 turns it off
+            parser.error(f"{flag(name)} does nothing without {flag(needed)}: add it, or leave both out")
     for name in CLASSES_ONLY if text else TEXT_ONLY:
         if name in given:
             kinds = ("classes", "text") if text else ("text", "classes")
-            parser.error(f"--{name} is for models of {kinds[0]}, and this one is of {kinds[1]}: leave it out")
+            parser.error(f"{flag(name)} is for models of {kinds[0]}, and this one is of {kinds[1]}: leave it out")
     if {"steps", "epochs"} <= given.keys():
         parser.error("--epochs and --steps both say how long: leave one out")
     if {"crop", "augment"} <= given.keys() or ("crop" in given and args.data == "emoji"):
         parser.error("--crop is for pictures of a folder or a tar that are not augmented: leave it out")
-    args.config = _configuration(parser, presets[args.size], recipe, given)
     if args.data == "ImageNet":
         args.data = os.environ.get("IMAGENET") or "imagenet/train"
         if not os.path.exists(args.data) and not args.dry_run:
@@ -211,19 +210,16 @@ def parse_args(argv=None):
     return args
 
 
-def _configuration(parser, preset, recipe, given):
+def _configuration(parser, preset, given):
     """The preset with the settings that the recipe and the flags change."""
-    settings_of = {name.replace("_", "-"): name for name in settings()}
-    fields = {field.name for field in dataclasses.fields(preset)}
-    chosen = {name: value for name, value in recipe.items() if name in settings()}
-    encoder = given.get("text-encoder")
-    if encoder not in (None, getattr(preset, "text_encoder", None)):  # the shape of its features, not of the preset's
+    chosen = {name: value for name, value in given.items() if name in SETTINGS}
+    encoder = chosen.get("text_encoder", getattr(preset, "text_encoder", None))
+    if encoder != getattr(preset, "text_encoder", None):  # the shape of its features, not of the preset's
         width, length = (64, 16) if encoder == "words" else (2048, 128)
-        chosen |= {"text_width": width, "text_length": length}
-    chosen |= {settings_of[flag]: value for flag, value in given.items() if flag in settings_of}
+        chosen = {"text_width": width, "text_length": length} | chosen
     for name in chosen:
-        if name not in fields:
-            parser.error(f"--{name.replace('_', '-')} is not a setting of this kind of model: leave it out")
+        if name not in dataclasses.asdict(preset):
+            parser.error(f"{flag(name)} is not a setting of this kind of model: leave it out")
     try:
         return dataclasses.replace(preset, **chosen)
     except ValueError as error:
@@ -232,8 +228,8 @@ def _configuration(parser, preset, recipe, given):
 
 def identity(args, config):
     """What makes the run of `args` and `config` this run and no other: {name: plain value}."""
-    names = [option.name.replace("-", "_") for option in OPTIONS if option.same_run]
-    found = dataclasses.asdict(config) | {name: getattr(args, name) for name in names}
+    found = {option.key: getattr(args, option.key) for option in OPTIONS if option.same_run}
+    found |= dataclasses.asdict(config)
     found["classes"] = class_names(args.classes)
     found["dino"] = ("emoji" if args.dino == "emoji" else "DINOv2") if args.repa else None
     return found

@@ -137,9 +137,8 @@ class Plan:
         rows, columns = config.token_grid(config.resolution, config.resolution)
         images = self.micro_batch or self.batch_size // self.world
         tokens, width = images * rows * columns, 2 if self.precision == "bf16" else 4
-        in_blocks = config.depth * tokens + getattr(config, "text_depth", 0) * images * getattr(
-            config, "text_length", 0
-        )
+        text = images * getattr(config, "text_length", 0) * getattr(config, "text_depth", 0)
+        in_blocks = config.depth * tokens + text  # tokens, counted in each block that they pass
         pixels, written = config.patch_size**2, 2 * config.field_ratio * Dp**2  # of a token
         field = config.field_depth * tokens * (FIELD * pixels * Dp + WRITTEN * written) * (config.decoder == "field")
         if self.compile == "off":
@@ -179,7 +178,6 @@ class Plan:
                 # Two thirds of the step are its backward pass, during which the gradients travel.
                 hidden = "hidden behind" if self.exchange < 2 / 3 * self.seconds else "longer than"
                 link = f"{self.exchange * 1e3:.0f} ms at {self.bandwidth:g} GB/s (--bandwidth)"
-                lines.append(f"                    gradients travel {link},")
-                lines.append(f"                    {hidden} the backward pass")
+                lines.append(f"{'':19} gradients travel {link},\n{'':19} {hidden} the backward pass")
             lines.append(f"whole run           {days:.1f} days, {days * 24 * self.world:.0f} GPU-hours")
         return "\n".join(lines)
