@@ -199,9 +199,7 @@ def metrics(device, count=10_000, width=2048):
     moments = real.mean(0), real.T.cov(), drawn.mean(0), drawn.T.cov()
     (balls,) = timings(lambda: precision_recall(real, drawn), device, 1)
     (fid,) = timings(lambda: frechet_distance(*moments), device, 1)
-    print(
-        f"precision and recall, {count} against {count}: {balls:.1f} s; FID from their means, covariances: {fid:.1f} s"
-    )
+    print(f"precision and recall of {count} and {count}: {balls:.1f} s; FID from their moments: {fid:.1f} s")
 
 
 def main():

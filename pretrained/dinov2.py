@@ -61,34 +61,23 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)  # (B, 1+L, D)
 
 
-class LayerScale(nn.Module):
-    """One learned factor per channel on the output of a branch; near zero at first, so that deep stacks train."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))  # 1e-5 is where DINOv2's training starts
-
-    def forward(self, x):
-        return self.gamma * x  # (B, 1+L, D)
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then feed-forward, each scaled and added to its input."""
+    """Pre-norm transformer block: attention, then feed-forward, each scaled by channel and added to its input."""
 
     def __init__(self, dim, num_heads, swiglu):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)  # 1e-6 as in the published model, not PyTorch's 1e-5
         self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         # nn.GELU() is the exact one (erf); the usual tanh approximation is off by up to 5e-4 at each.
         plain = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         self.mlp = SwiGLU(dim) if swiglu else nn.Sequential(plain)
-        self.ls2 = LayerScale(dim)
+        # The scales start near zero, so that deep stacks train; 1e-5 as in DINOv2's training.
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.full((dim,), 1e-5)}) for _ in range(2))
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))  # (B, 1+L, D)
-        return x + self.ls2(self.mlp(self.norm2(x)))  # (B, 1+L, D)
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x))  # (B, 1+L, D)
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))  # (B, 1+L, D)
 
 
 class DINOv2(nn.Module):

@@ -137,12 +137,13 @@ def compiler_trouble(device="cpu"):
 
 def will_compile(choice, device, say=print):
     """Whether to compile, for --compile on, off or auto (where it works; else it says why not). UserError for on."""
-    trouble = compiler_trouble(device) if choice != "off" else None
-    if trouble and choice == "on":
+    if choice == "off":
+        return False
+    if (trouble := compiler_trouble(device)) and choice == "on":
         raise UserError(f"--compile on: {trouble}")
     if trouble:
         say(f"not compiling, which is slower but the same: {trouble}")
-    return choice != "off" and not trouble
+    return not trouble
 
 
 def peak_flops(device):

@@ -13,7 +13,7 @@ class Stopped(Exception):
 
 
 class Stopping:
-    """From its making on, the signals of STOPPING end no process: they are noted, and `agreed` tells all ranks.
+    """Once it exists, the signals of STOPPING end no process: they are noted, and `agreed` tells all ranks.
 
     But for a SIGHUP that is ignored already, as under nohup: such a run is to outlive its terminal.
     """
