@@ -80,7 +80,7 @@ def run_script(*arguments):
     the test that called this.
     """
     stdout, stderr, status, argv = io.StringIO(), io.StringIO(), 0, sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
