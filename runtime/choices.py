@@ -17,29 +17,30 @@ def find_classes(text, names):
     """
     found, remarks, lower = [], [], [name.lower() for name in names]
     for item in [text] if text in names else class_names(text) or [text]:
-        index = int(item) if re.fullmatch("[0-9]{1,9}", item) else None
+        index = int(item) if re.fullmatch("[0-9]{1,9}", item) else -1
         exact = [names.index(item)] if item in names else []
         other = [*range(len(names))] if item == "all" else [index] if index in range(len(names)) else []
         loose = [lower.index(item.lower())] if item.lower() in lower else []
         if exact and other and exact != other:
             instead = "every class" if item == "all" else f"index {index}, {names[index]}"
             remarks.append(f"--class {item} is taken for the class of that name (index {exact[0]}), not for {instead}")
-        found += exact or other or loose
         if not (exact or other or loose):
             if re.fullmatch("-?[0-9]+", item):
                 raise UserError(f"--class {item} is out of range: this model knows 0 to {len(names) - 1}")
             near = difflib.get_close_matches(item.lower(), lower, n=3, cutoff=0.5) or names[:10]
             raise UserError(f"--class {item!r} is unknown; did you mean {', '.join(near)}?")
+        found += exact or other or loose
     return found, remarks
 
 
 def pair(text, number):
     """ "A" -> (A, A) and "AxB" -> (A, B), each read by `number`. ValueError for anything else."""
-    if len(text) > 20 or "e" in text.lower():  # 1e999999999 would be computed to its last digit
-        raise ValueError(f"{text} is too long")
-    first, *rest = [number(part) for part in text.lower().split("x")]
-    (second,) = rest or [first]
-    return first, second
+    if not re.fullmatch(
+        "[0-9./]{1,9}(x[0-9./]{1,9})?", text.lower()
+    ):  # 1e999999999 would be computed to its last digit
+        raise ValueError
+    values = [number(part) for part in text.lower().split("x")]
+    return values[0], values[-1]
 
 
 def find_size(config, resolution=None, upscale="1"):
@@ -56,12 +57,13 @@ def find_size(config, resolution=None, upscale="1"):
         raise UserError(f"--resolution {resolution} is not N or HEIGHTxWIDTH in pixels, {multiples}")
     try:
         patch = [P * factor for factor in pair(upscale, fractions.Fraction)]  # exact, and reads 5/4 too
+        if not all(side > 0 and side % 1 == 0 for side in patch):
+            raise ValueError
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"--upscale {upscale} is not a factor such as 1.5, nor HEIGHTxWIDTH factors such as 2x1.5")
-    if min(patch) <= 0 or any(side % 1 for side in patch):
-        sides = f"{float(patch[0]):g}x{float(patch[1]):g}: both sides must be whole, so use multiples of 1/{P}"
-        raise UserError(f"--upscale {upscale} makes patches of {P} pixels {sides}")
-    if patch != [P, P] and config.decoder == "linear":
+        kinds = f"a factor such as 1.5, nor HEIGHTxWIDTH factors such as 2x1.5, in multiples of 1/{P}"
+        raise UserError(f"--upscale {upscale} is not {kinds}: patches of {P} pixels must become whole pixels")
+    if patch == [P, P]:
+        return (grid[0] * P, grid[1] * P), None
+    if config.decoder == "linear":
         raise UserError(f"--upscale {upscale} needs a neural field; this model's linear decoder has one patch size")
-    size = int(grid[0] * patch[0]), int(grid[1] * patch[1])
-    return size, grid if patch != [P, P] else None
+    return (int(grid[0] * patch[0]), int(grid[1] * patch[1])), grid

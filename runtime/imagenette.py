@@ -12,46 +12,41 @@ import zlib
 
 from tqdm import tqdm
 
-from runtime.files import UserError, cached_download, tar_members
+from runtime.files import UserError, cached_download
 
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
 
 
 def unpack(archive, folder):
-    """A .tgz -> the folder, whole or not at all: what lies beside train/ in the archive, train/ included.
+    """The one folder in a .tgz, named like it, becomes `folder`, whole or not at all. UserError if it is damaged.
 
-    Raises UserError if the archive is damaged, has no train/, or holds links, devices, or names that lead out of it.
+    Devices, and links and names that lead out of the folder, count as damage.
     """
     temporary = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted attempt left behind
-    temporary.mkdir(parents=True)
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            for member in tqdm(tar_members(tar, archive), desc="unpacking", unit=" files"):
-                tar.extract(member, temporary, filter="data")  # Python's own check, after that of tar_members
+            for member in tqdm(tar, desc="unpacking", unit=" files"):
+                tar.extract(member, temporary, filter="data")
             while tar.fileobj.read(1 << 20):  # up to the end, where gzip has its checksum
                 pass
-        roots = [root for root in (temporary, *temporary.iterdir()) if (root / "train").is_dir()]
-        if not roots:
-            raise UserError(f"{archive} has no folder train: remove it and get it again")
         os.sync()  # the pictures are on the disk before the folder has its name: it says that they are whole
-        os.rename(roots[0], folder)
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        os.rename(temporary / archive.stem, folder)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, FileNotFoundError) as error:
         raise UserError(f"{archive} is damaged ({error}): remove it and get it again")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fetch_imagenette(folder):
-    """Makes `folder` with the train/ and val/ of Imagenette, ten classes of ImageNet, 320 pixels on the short side.
+    """Makes `folder` with train/ and val/, pictures of 320 pixels on the short side, and prints how to train on it.
 
-    The archive lands beside `folder`; a broken download resumes where it stopped. Prints how to train on it. Raises
-    UserError and OSError.
+    The archive lands beside `folder`; a broken download resumes where it stopped. Raises UserError and OSError.
     """
     folder = pathlib.Path(folder).absolute()
     if (folder / "train").is_dir():
         print(f"{folder} is there already, whole: nothing to do")
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    elif folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not this data set: give the name of a new folder")
     else:
         archive = cached_download(IMAGENETTE, folder=folder.parent)
@@ -60,11 +55,9 @@ def fetch_imagenette(folder):
             if not (folder / "train").is_dir():
                 unpack(archive, folder)
         print(f"{folder} is ready; {archive} can be removed")
-    print(
-        f"train on it: python train.py --size S --data {shlex.quote(str(folder / 'train'))} --resolution 128 "
-        "--patch-size 8 --batch-size 64 --steps 100000 --ema 0.999 --augment --preview-every 1000 "
-        "--out runs/imagenette"
-    )
+    command = f"python train.py --size S --data {shlex.quote(str(folder / 'train'))} --resolution 128 --patch-size 8"
+    command += " --batch-size 64 --steps 100000 --ema 0.999 --augment --preview-every 1000 --out runs/imagenette"
+    print(f"train on it: {command}")
 
 
 def main():

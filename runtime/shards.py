@@ -7,6 +7,7 @@ interrupted run loses its unfinished shards only, and the same command resumes. 
 
 import contextlib
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -29,39 +30,30 @@ def choose_labels(classes, num, how, seed, counts=None):
     has the number of training pictures of each class of the model. UserError where that is impossible.
     """
     # Shuffled, since ADM's Inception Score takes consecutive images for a fair sample of all classes.
-    generator = random_stream("labels", seed)
+    generator, C = random_stream("labels", seed), len(classes)
     if how == "random":
-        order = torch.randint(len(classes), (num,), generator=generator)  # (num)
-    elif how == "data":
-        if counts is None:
-            raise UserError("--labels data: the checkpoint does not say how many pictures each class was trained on")
-        ends = torch.tensor([counts[c] for c in classes]).cumsum(0)  # (classes)
-        if ends[-1] < 1:
-            raise UserError("--labels data: the training data has no picture of these classes; use --labels balanced")
-        places = torch.randperm(num, generator=generator) * int(ends[-1]) // num  # (num): evenly over the pictures
-        order = torch.searchsorted(ends, places, right=True)  # (num)
-    elif num % len(classes) == 0:
-        order = torch.randperm(num, generator=generator) % len(classes)  # (num)
-    else:
-        raise UserError(
-            f"--num {num} images cannot be shared equally by {len(classes)} classes: use "
-            f"{num + -num % len(classes)}, or --labels random"
-        )
-    return torch.tensor(classes)[order]  # (num)
+        return torch.tensor(classes)[torch.randint(C, (num,), generator=generator)]
+    shuffled = torch.randperm(num, generator=generator)  # (num)
+    if how == "balanced":
+        if num % C:
+            remedy = f"use {num + -num % C}, or --labels random"
+            raise UserError(f"--num {num} images cannot be shared equally by {C} classes: {remedy}")
+        return torch.tensor(classes)[shuffled % C]
+    if counts is None:
+        raise UserError("--labels data: the checkpoint does not say how many pictures each class was trained on")
+    ends = torch.tensor([counts[c] for c in classes]).cumsum(0)  # (C)
+    pictures = shuffled * int(ends[-1]) // num  # (num): spread evenly over the training pictures of these classes
+    return torch.tensor(classes)[torch.searchsorted(ends, pictures, right=True)]
 
 
 def check_disk(path, num, size):
     """UserError where the disk has no room for `num` images of `size` (height, width), in shards and in the npz."""
     path = pathlib.Path(path)
-    if num > 10**9:  # their numbers and labels would fill the memory
-        raise UserError(f"--npz {path} takes at most 10^9 images, not --num {num}")
     need, free = 2 * num * size[0] * size[1] * 3, shutil.disk_usage(path.parent).free
-    need -= sum(shard.stat().st_size for shard in _folder(path).glob("*.npy"))
+    need -= sum(shard.stat().st_size for shard in _folder(path).glob("*.rgb"))
     if need > free:
-        raise UserError(
-            f"--npz {path} needs {need / 1e9:.1f} GB of disk while it is written, and {free / 1e9:.1f} GB are free: "
-            "use a smaller --num, or another place"
-        )
+        room = f"{need / 1e9:.1f} GB of disk while it is written, and {free / 1e9:.1f} GB are free"
+        raise UserError(f"--npz {path} needs {room}: use a smaller --num, or another place")
 
 
 def _folder(path):
@@ -76,15 +68,14 @@ def one_complaint(processes):
         yield
     except (UserError, OSError) as error:
         mistake = error
-    found = [rank for rank, failed in enumerate(processes.of_all(mistake is not None)) if failed]
-    if not found:
-        return
-    if processes.rank == found[0]:
-        raise mistake
-    # Waits until that rank has ended: torchrun stops the others as soon as one has failed, be it before its line.
-    with contextlib.suppress(RuntimeError):
-        processes.barrier()
-    sys.exit(1)
+    failed = processes.of_all(mistake is not None)
+    if any(failed):
+        if processes.rank == failed.index(True):
+            raise mistake
+        # Waits until that rank has ended: torchrun stops the others as soon as one has failed, be it before its line.
+        with contextlib.suppress(RuntimeError):
+            processes.barrier()
+        sys.exit(1)
 
 
 class Shards:
@@ -96,8 +87,8 @@ class Shards:
 
     def __init__(self, path, num, size, batch_size, settings, processes):
         self.path, self.shape, self.settings, self.processes = pathlib.Path(path), (num, *size, 3), settings, processes
+        self.batches = [range(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
         self.folder = _folder(self.path)
-        self.batch_size, self.count = batch_size, -(-num // batch_size)
         if processes.rank > 0:
             return
         self.folder.mkdir(exist_ok=True)
@@ -105,39 +96,28 @@ class Shards:
         if not record.exists():
             with whole_file(record) as temporary:
                 temporary.write_text(json.dumps(settings))
-        for name, value in self._recorded(record).items():
+        for name, value in json.loads(record.read_text()).items():
             if settings.get(name) != value:
-                raise UserError(
-                    f"{self.folder} was begun with {name}={value!r}, and this run has {settings.get(name)!r}: "
-                    "use the same, delete the folder, or choose another --npz"
-                )
-
-    def _recorded(self, record):
-        try:
-            return dict(json.loads(record.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{record} cannot be read ({error}): delete {self.folder}, or choose another --npz")
+                difference = f"{name}={value!r}, and this run has {settings.get(name)!r}"
+                remedy = "use the same, delete the folder, or choose another --npz"
+                raise UserError(f"{self.folder} was begun with {difference}: {remedy}")
 
     def where(self, s):
-        """The file of shard s."""
-        return self.folder / f"{s:06d}.npy"
-
-    def numbers(self, s):
-        """The numbers of the images in shard s."""
-        return range(s * self.batch_size, min((s + 1) * self.batch_size, self.shape[0]))
+        """The file of shard s: its images as bytes, uint8 (B, H, W, 3)."""
+        return self.folder / f"{s:06d}.rgb"
 
     def draw(self, draw, steps):
         """Computes what is missing, this rank's share. draw(numbers, watch) -> uint8 (B, 3, H, W) on the CPU.
 
         watch(step, ...) is to be called at each of `steps` solver steps and at step 0, for the progress bar.
         """
-        processes = self.processes
-        missing = [s for s in range(processes.rank, self.count, processes.world) if not self.where(s).exists()]
-        with tqdm(total=len(missing) * steps, disable=processes.rank > 0 or not sys.stderr.isatty()) as bar:
+        rank, world = self.processes.rank, self.processes.world
+        missing = [s for s in range(rank, len(self.batches), world) if not self.where(s).exists()]
+        with tqdm(total=len(missing) * steps, disable=rank > 0 or not sys.stderr.isatty()) as bar:
             for s in missing:
-                images = draw(self.numbers(s), lambda step, *_: bar.update(step > 0))  # (B, 3, H, W)
+                images = draw(self.batches[s], lambda step, *_: bar.update(step > 0))  # (B, 3, H, W)
                 with whole_file(self.where(s)) as temporary:
-                    np.save(temporary, images.permute(0, 2, 3, 1).numpy())  # (B, H, W, 3)
+                    temporary.write_bytes(images.permute(0, 2, 3, 1).numpy().tobytes())  # (B, H, W, 3)
 
     def join(self, labels):
         """Writes the npz, one shard in memory at a time, and removes the folder: rank 0, when all have drawn.
@@ -153,23 +133,13 @@ class Shards:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:  # above 2 GB
                 header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for s in range(self.count):
-                    file.write(self._read(s).tobytes())
+                for s, numbers in enumerate(self.batches):
+                    content = self.where(s).read_bytes() if self.where(s).exists() else b""
+                    if len(content) != len(numbers) * math.prod(self.shape[1:]):
+                        remedy = "delete it and run the same command again, where all processes see this folder"
+                        raise UserError(f"{self.where(s)} is missing or damaged: {remedy}")
+                    file.write(content)
             for name in ("arr_1.npy", "labels.npy"):  # ADM's name, and a telling one
                 with archive.open(zipfile.ZipInfo(name), "w") as file:
                     np.lib.format.write_array(file, labels)
         shutil.rmtree(self.folder)
-
-    def _read(self, s):
-        try:
-            shape = (len(self.numbers(s)), *self.shape[1:])
-            with open(self.where(s), "rb") as file:
-                images = np.lib.format.read_array(file, allow_pickle=False)
-            if images.dtype != np.uint8 or images.shape != shape:
-                raise ValueError(f"it holds {images.dtype} {images.shape}, not uint8 {shape}")
-        except (OSError, ValueError, EOFError, MemoryError) as error:
-            raise UserError(
-                f"{self.where(s)} cannot be read ({error}): delete it and run the same command again, "
-                "where all processes see this folder"
-            )
-        return images  # (B, H, W, 3)

@@ -16,27 +16,25 @@ class SomeClasses(Pictures):
     """
 
     def __init__(self, dataset, names):
-        members, taken, kept, counts = dataset.members(), np.zeros(len(dataset), bool), [], []
-        self.dataset, self.classes, self.labels = dataset, [], []
-        self.in_memory, self.classifier = dataset.in_memory, dataset.classifier
+        self.dataset, self.in_memory, self.classifier = dataset, dataset.in_memory, dataset.classifier
+        self.classes, self.labels, counts = [], [], []
+        self.kept = np.array([], int)  # an array, which loader workers share
+        members = dataset.members()
         for text in names:
-            name, colon, times = (text, "", "1") if text in members else text.rpartition(":")
+            name, _, times = (text, "", "1") if text in members else text.rpartition(":")
             if name not in members:
                 name = name or text
                 near = difflib.get_close_matches(name, members, 3, 0.5) or sorted(members)[:10]
                 raise UserError(f"--classes: {name!r} is not a class of the data; did you mean {', '.join(near)}?")
-            repeat = int(times) if times.isdecimal() and len(times) <= 4 else 0
-            if not 1 <= repeat <= 1000:
+            if times not in map(str, range(1, 1001)):
                 raise UserError(f"--classes: {text!r} should be {name}:N, N from 1 to 1000: how often in an epoch")
-            if taken[members[name]].any():
+            if np.isin(members[name], self.kept).any():
                 raise UserError(f"--classes: {text!r} has pictures of a name before it; leave one of the two out")
-            taken[members[name]] = True
-            kept.append(np.tile(members[name], repeat))
-            self.labels += [len(self.classes)] * len(kept[-1])
+            self.kept = np.concatenate([self.kept, np.tile(members[name], int(times))])
+            self.labels += [len(self.classes)] * (len(self.kept) - len(self.labels))
             self.classes.append(name)
-            counts.append(f"{name} {len(members[name])}" + (f" x {repeat}" if repeat > 1 else ""))
-        self.kept = np.concatenate(kept)  # an array, which loader workers share
-        self.remark = f"--classes takes {taken.sum()} pictures: {', '.join(counts)}"
+            counts.append(f"{name} {len(members[name])}" + (f" x {times}" if times != "1" else ""))
+        self.remark = f"--classes takes {len(np.unique(self.kept))} pictures: {', '.join(counts)}"
         self.fingerprint = f"{dataset.fingerprint}, of it in this order {', '.join(names)}"
 
     def picture(self, i, rng=None):

@@ -40,7 +40,6 @@ def test_the_cache_is_torch_hubs_and_quoted_names_become_plain(server, tmp_path,
     base, cache = server.url.removesuffix("weights.pth"), tmp_path / "hub" / "checkpoints"
     assert cached_download(base + "epoch%3D319.ckpt?download=1") == cache / "epoch=319.ckpt"
     assert cached_download(base + "..%2F..%2Fevil.pth") == cache / "evil.pth"
-    assert cached_download(base, filename="given.pth") == cache / "given.pth"
 
 
 def test_a_cut_connection_is_resumed_in_the_same_call(server, tmp_path):
@@ -94,11 +93,11 @@ def test_a_server_without_ranges_sends_all_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [b"", b"too much"])
-def test_a_part_that_is_already_complete_or_too_long_ends_well(server, tmp_path, extra):
+def test_a_part_that_is_already_complete_or_too_long_is_fetched_again(server, tmp_path, extra):
     """Catches dying of status 416 for ever after a kill between the last byte and the rename."""
     plant_part(tmp_path, BODY + extra, '"v1"')
     assert cached_download(server.url, folder=tmp_path).read_bytes() == BODY
-    assert len(server.requests) == (2 if extra else 1)
+    assert len(server.requests) == 2
 
 
 def test_a_truncated_file_is_an_error_and_never_gets_its_name(server, tmp_path):

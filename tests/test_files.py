@@ -17,7 +17,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from helpers import ROOT, noise_picture
-from runtime.files import UserError, check_writable, cut_long_sides, damaged_record, read_image, run, whole_file
+from runtime.files import UserError, check_writable, cut_long_sides, read_image, run, whole_file
+from runtime.files.weights import damaged_record
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 

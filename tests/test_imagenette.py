@@ -106,19 +106,13 @@ def test_two_at_once_unpack_once(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "extra, match",
-    [
-        (("../../evil.JPEG", b"x"), "evil.JPEG leads out of the archive"),
-        (("train/link", "2"), "train/link is a link"),
-        (("train/hard", "1"), "train/hard is a link"),
-        (("train/null", "3"), "train/null is a link, a sparse file or a device"),
-    ],
+    "extra", [("../../evil.JPEG", b"x"), ("train/link", "2"), ("train/hard", "1"), ("train/null", "3")]
 )
-def test_archives_with_links_devices_or_escaping_names_are_refused(source, tmp_path, extra, match):
+def test_archives_with_links_devices_or_escaping_names_are_refused(source, tmp_path, extra):
     source.body = archive(extra)
-    with pytest.raises(UserError, match=match) as error:
+    with pytest.raises(UserError, match="imagenette2-320.tgz is damaged .*remove it and get it again") as error:
         fetch_imagenette(tmp_path / "in" / "nette")
-    assert "\n" not in str(error.value) and "imagenette2-320.tgz" in str(error.value)
+    assert "\n" not in str(error.value) and extra[0].split("/")[-1] in str(error.value)
     assert {name for name in os.listdir(tmp_path / "in") if "nette2" not in name} == set()
     assert not list(tmp_path.rglob("evil.JPEG"))
 
@@ -130,7 +124,7 @@ def test_damaged_archives_are_refused_and_leave_nothing(source, tmp_path):
     empty = gzip.compress(bytes(10240))
     for body in (whole[:-4], whole[:5000], bytes(flipped), b"<html>", b"", empty):
         (tmp_path / "imagenette2-320.tgz").write_bytes(body)
-        with pytest.raises(UserError, match="imagenette2-320.tgz (is damaged|is a damaged|has no folder)") as error:
+        with pytest.raises(UserError, match="imagenette2-320.tgz is damaged") as error:
             fetch_imagenette(tmp_path / "nette")
         assert "\n" not in str(error.value) and "remove it" in str(error.value)
         assert not (tmp_path / "nette").exists() and not (tmp_path / ".nette.unpacking").exists()

@@ -136,12 +136,12 @@ def refused(path, match):
     assert "\n" not in str(error.value) and os.path.basename(path) in str(error.value)
 
 
-@pytest.mark.parametrize("pack, kind", [(gzip.compress, "gzip"), (bz2.compress, "bzip2")])
-def test_compressed_tars_are_refused(tmp_path, pack, kind):
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress])
+def test_compressed_tars_are_refused(tmp_path, pack):
     path = write_tar(tmp_path / "a.tar")
     path.write_bytes(pack(path.read_bytes()))
-    refused(path, f"compressed with {kind}: uncompress it")
-    refused(write_tar(tmp_path / "b.tar", {"cat.tar": path.read_bytes()}), f"cat.tar is compressed with {kind}")
+    refused(path, "is not an uncompressed tar file, .*: uncompress it")
+    refused(write_tar(tmp_path / "b.tar", {"cat.tar": path.read_bytes()}), "cat.tar is not an uncompressed tar file")
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
@@ -152,7 +152,7 @@ def test_what_is_no_tar_is_refused(tmp_path):
         ("picture.png", PICTURES["cat/0.png"]),
     ):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, "is not a tar file")
+        refused(tmp_path / name, "is not an uncompressed tar file")
     refused(write_tar(tmp_path / "nothing.tar", {}), "holds no JPEG")
     refused(write_tar(tmp_path / "loose.tar", {"0.png": b""}), "0.png lies beside folders of pictures, or in none")
     refused(write_tar(tmp_path / "beside.tar", PICTURES, members=[member("x.png")]), "x.png lies beside")
@@ -169,32 +169,30 @@ def test_a_truncated_or_damaged_tar_is_refused_wherever_it_was_cut(tmp_path):
         end = tar.offset
     for place in places[1:] + [end, end + 100]:
         path.write_bytes(whole[:place])
-        refused(path, "is a damaged archive, or only part of one|is not a tar file")
+        refused(path, "is not an uncompressed tar file, or only part of one")
     for place in (places[6], places[9] + 148):  # the name, and the checksum, of a header in the middle
         path.write_bytes(whole[:place] + b"\xff\xff\xff" + whole[place + 3 :])
-        refused(path, "is a damaged archive, or only part of one")
+        refused(path, "is not an uncompressed tar file, or only part of one")
     nested = write_tar(tmp_path / "b.tar", {"cat.tar": whole[: places[4]]})
-    refused(nested, r"b.tar: cat.tar is a damaged archive, or only part of one")
+    refused(nested, "b.tar: cat.tar is not an uncompressed tar file, or only part of one")
 
 
 @pytest.mark.parametrize(
-    "bad, match",
+    "bad",
     [
-        (member("cat/link.png", tarfile.SYMTYPE, linkname="0.png"), "cat/link.png is a link"),
-        (member("cat/hard.png", tarfile.LNKTYPE, linkname="cat/0.png"), "cat/hard.png is a link"),
-        (member("cat/pipe.png", tarfile.FIFOTYPE), "cat/pipe.png is a link, a sparse file or a device"),
-        (member("cat/hole.png", tarfile.GNUTYPE_SPARSE), "cat/hole.png is a link, a sparse"),
-        (member("cat/../../x.png"), "cat/../../x.png leads out of the archive"),
-        (member("/etc/x.png"), "/etc/x.png leads out of the archive"),
+        member("cat/link.png", tarfile.SYMTYPE, linkname="0.png"),
+        member("cat/hard.png", tarfile.LNKTYPE, linkname="cat/0.png"),
+        member("cat/pipe.png", tarfile.FIFOTYPE),
+        member("cat/hole.png", tarfile.GNUTYPE_SPARSE),
+        member("cat/hole.png", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": "9"}),
+        member("cat/../../x.png"),
+        member("/etc/x.png"),
     ],
 )
-def test_links_sparse_files_devices_and_escaping_names_are_refused(tmp_path, bad, match):
-    refused(write_tar(tmp_path / "a.tar", members=[bad]), match)
-
-
-def test_pax_sparse_files_are_refused(tmp_path):
-    sparse = member("cat/hole.png", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": "9"})
-    refused(write_tar(tmp_path / "a.tar", members=[sparse], form=tarfile.PAX_FORMAT), "cat/hole.png is a link, a sp")
+def test_links_sparse_files_devices_and_escaping_names_are_refused(tmp_path, bad):
+    form = tarfile.PAX_FORMAT if bad.pax_headers else tarfile.GNU_FORMAT
+    path = write_tar(tmp_path / "a.tar", members=[bad], form=form)
+    refused(path, f"the member {bad.name} is a link, a sparse file or a device, or its name leads out of the archive")
 
 
 def test_a_tar_that_changes_while_it_is_in_use_is_an_error(tmp_path):
@@ -216,9 +214,16 @@ def test_train_and_val_are_not_two_classes(tmp_path, make):
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
+def aged(path):
+    """The folder or tar as if nothing in it had changed for a year: an index of what has just changed is not kept."""
+    for folder in (path, *path.rglob("*")):
+        os.utime(folder, ns=(0, 1_700_000_000_123_456_789))
+    return path
+
+
 @pytest.fixture
 def listings(monkeypatch):
-    """How many times a folder or tar was really listed, as a growing list."""
+    """Every folder or tar that was really listed, as a growing list."""
     seen = []
     for name in ("_index_folder", "_index_tar"):
         real = getattr(picture_index, name)
@@ -228,7 +233,7 @@ def listings(monkeypatch):
 
 @pytest.mark.parametrize("make", [write_folder, write_tar])
 def test_the_index_is_kept_and_is_the_same_from_the_cache(tmp_path, make, listings):
-    source, cache = make(tmp_path / "source.tar"), tmp_path / "run"
+    source, cache = aged(make(tmp_path / "source.tar")), tmp_path / "run"
     plain, first, second = (open_dataset(source, 16, cache=where) for where in (None, cache, cache))
     assert len(listings) == 2 and os.listdir(cache) == ["pictures.index"]
     for other in (first, second):
@@ -238,10 +243,11 @@ def test_the_index_is_kept_and_is_the_same_from_the_cache(tmp_path, make, listin
 
 
 def test_without_write_nothing_is_created(tmp_path):
-    open_dataset(write_folder(tmp_path / "a"), 16, cache=tmp_path / "run", write=False)
+    open_dataset(aged(write_folder(tmp_path / "a")), 16, cache=tmp_path / "run", write=False)
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(
     "change",
     [
@@ -252,42 +258,25 @@ def test_without_write_nothing_is_created(tmp_path):
         lambda root: write_folder(root, {"newt/0.png": PICTURES["cat/0.png"]}),
     ],
 )
-def test_a_change_at_once_after_the_listing_is_seen_in_spite_of_the_cache(tmp_path, change, listings):
+def test_a_change_at_once_after_the_listing_is_seen_in_spite_of_the_cache(tmp_path, change, kept, listings):
     """Catches a cache that hides what --accept-changed-data is there for, and times that tick too slowly to tell."""
     root, cache = write_folder(tmp_path / "a"), tmp_path / "run"
-    before = open_dataset(root, 16, cache=cache).fingerprint
-    change(root)
+    before = open_dataset(aged(root) if kept else root, 16, cache=cache).fingerprint
+    assert cache.exists() == kept
+    if kept:
+        change(root)
+    else:  # within the same tick of a slow clock: every time is as it was
+        times = {path: path.stat().st_mtime_ns for path in (root, *root.rglob("*"))}
+        change(root)
+        for path in (root, *root.rglob("*")):
+            os.utime(path, ns=(0, times.get(path, times[root])))
     after = open_dataset(root, 16, cache=cache)
     assert after.fingerprint != before and after.fingerprint == open_dataset(root, 16).fingerprint
     assert len(listings) == 3
-    assert open_dataset(root, 16, cache=cache).fingerprint == after.fingerprint and len(listings) == 3
 
 
-@pytest.mark.parametrize(
-    "changed, tick",
-    [
-        (1_700_000_000_123_456_789, 10_000_000),  # the coarsest clock of a file system that counts nanoseconds: 10 ms
-        (1_700_000_000_000_000_000, 2_000_000_000),  # one that counts pairs of seconds
-    ],
-)
-def test_what_changed_just_now_is_listed_only_after_the_clock_has_ticked(tmp_path, monkeypatch, changed, tick):
-    """Catches a second change within one tick, which leaves the time of the folder as the cache knows it."""
-    root, clock, listed = write_folder(tmp_path / "a"), [0], []
-    for folder, _, _ in os.walk(root):
-        os.utime(folder, ns=(0, changed))
-    listing = os.scandir
-    monkeypatch.setattr(picture_index.time, "time_ns", lambda: clock[0])
-    monkeypatch.setattr(picture_index.time, "sleep", lambda seconds: clock.append(clock.pop() + int(seconds * 1e9)))
-    monkeypatch.setattr(picture_index.os, "scandir", lambda path: (listed.append(clock[0]), listing(path))[1])
-    for ago in (1_000_000, 3600 * 10**9):
-        clock[:], listed[:] = [changed + ago], []
-        open_dataset(root, 16)
-        assert len(listed) == 5 and min(listed) >= changed + tick  # the root, three classes, a folder in one of them
-    assert clock == [changed + 3600 * 10**9]  # what is old is listed at once
-
-
-def test_another_tar_of_the_same_size_is_seen_in_spite_of_the_cache(tmp_path, listings):
-    path, cache = write_tar(tmp_path / "a.tar"), tmp_path / "run"
+def test_another_tar_of_the_same_size_is_seen_in_spite_of_the_cache(tmp_path):
+    path, cache = aged(write_tar(tmp_path / "a.tar")), tmp_path / "run"
     before, size = open_dataset(path, 16, cache=cache).fingerprint, path.stat().st_size
     write_tar(path, {name.replace("9.webp", "8.webp"): content for name, content in PICTURES.items()})
     after = open_dataset(path, 16, cache=cache)
@@ -295,22 +284,20 @@ def test_another_tar_of_the_same_size_is_seen_in_spite_of_the_cache(tmp_path, li
 
 
 def test_a_cache_of_other_data_or_a_damaged_one_is_made_again_in_silence(tmp_path, listings, capfd):
-    cache, roots = tmp_path / "run", [write_folder(tmp_path / name) for name in "ab"]
-    for root in roots:
-        for folder, _, _ in os.walk(root):
-            os.utime(folder, ns=(0, 1_700_000_000_123_456_789))  # only the path tells them apart
-    fingerprint = open_dataset(roots[0], 16, cache=cache).fingerprint
+    cache, roots = tmp_path / "run", [aged(write_folder(tmp_path / name)) for name in "ab"]  # only the path differs
+    plain = open_dataset(roots[0], 16, cache=cache)
     open_dataset(roots[1], 16, cache=cache)
     assert len(listings) == 2  # of b, although a looks the same
     file = cache / "pictures.index"
     whole = file.read_bytes()
     damaged = [whole[:cut] for cut in range(0, len(whole), 97)]
-    damaged += [whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :] for at in range(0, len(whole), 97)]
+    damaged += [whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :] for at in range(0, len(whole), 17)]
+    listings.clear()
     for content in damaged:
         file.write_bytes(content)
-        listings.clear()
-        assert open_dataset(roots[1], 16, cache=cache).fingerprint == fingerprint and len(listings) == 1
-        assert file.read_bytes() == whole
+        again = open_dataset(roots[1], 16, cache=cache)
+        assert (again.fingerprint, again.classes, again.labels) == (plain.fingerprint, plain.classes, plain.labels)
+    assert len(listings) > len(damaged) / 2  # the other bits are padding
     assert capfd.readouterr() == ("", "")
 
 

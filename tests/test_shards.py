@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -84,8 +85,6 @@ def test_labels_of_the_data_come_as_often_as_its_pictures():
     assert np.bincount(choose_labels([3, 2], 110, "data", 0, counts)).tolist() == [0, 0, 100, 10]
     with pytest.raises(UserError, match="--labels data: the checkpoint does not say"):
         choose_labels([0, 1], 10, "data", 0, None)
-    with pytest.raises(UserError, match="no picture of these classes"):
-        choose_labels([1], 10, "data", 0, [5, 0])
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -146,27 +145,18 @@ def test_shards_of_other_settings_are_never_mixed(tmp_path):
     ):
         with pytest.raises(UserError, match=f"begun with {words}.*delete the folder, or choose another --npz"):
             Shards(tmp_path / "x.npz", 12, SIZE, 2, settings, ALONE)
-    for content in ("", "[3]", '"seed"', "\0"):
-        (tmp_path / "x.npz.shards" / "settings.json").write_text(content)
-        with pytest.raises(UserError, match="settings.json cannot be read .*delete"):
-            Shards(tmp_path / "x.npz", 12, SIZE, 2, {"seed": 0}, ALONE)
 
 
-def test_a_damaged_missing_or_foreign_shard_is_named(tmp_path):
+def test_a_damaged_or_missing_shard_is_named(tmp_path):
     shards = Shards(tmp_path / "x.npz", 6, SIZE, 3, {"seed": 0}, ALONE)
     shards.draw(draw, 2)
     second = shards.where(1)
     whole = second.read_bytes()
-    np.save(tmp_path / "other.npy", np.zeros((2, 3)))
-    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
-    contents = [whole[:-10], whole[:50], b"", None]
-    contents += [(tmp_path / name).read_bytes() for name in ("other.npy", "object.npy")]
-    for content in contents:
+    for content in (whole[:-10], whole + b"more", b"", None):
         second.unlink() if content is None else second.write_bytes(content)
-        with pytest.raises(UserError, match="000001.npy cannot be read .* delete it and run the same command again"):
+        with pytest.raises(UserError, match="000001.rgb is missing or damaged: delete it and run the same command"):
             shards.join(np.zeros(6))
         assert not (tmp_path / "x.npz").exists() and not (tmp_path / ".tmp-x.npz").exists()
-    second.unlink()
     write(tmp_path / "x.npz", 6, 3)
     assert (arrays(tmp_path / "x.npz")[0] == np.arange(6)[:, None, None, None]).all()
 
@@ -174,12 +164,12 @@ def test_a_damaged_missing_or_foreign_shard_is_named(tmp_path):
 def test_a_shard_whose_writing_fails_leaves_nothing(tmp_path, monkeypatch):
     """Catches: half a shard under its final name, which would never be drawn again."""
 
-    def fail(path, array):
-        path.write_bytes(b"half")
+    def fail(path, content):
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
     shards = Shards(tmp_path / "x.npz", 6, SIZE, 3, {"seed": 0}, ALONE)
-    monkeypatch.setattr(np, "save", fail)
+    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space left"):
         shards.draw(draw, 2)
     assert os.listdir(tmp_path / "x.npz.shards") == ["settings.json"]
@@ -194,10 +184,8 @@ def test_a_disk_that_is_too_small_is_found_first(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--npz .*x.npz needs .* GB of disk .*smaller --num"):
         check_disk(tmp_path / "x.npz", 101, (16, 16))
     (tmp_path / "x.npz.shards").mkdir()
-    (tmp_path / "x.npz.shards" / "000000.npy").write_bytes(bytes(2 * 16 * 16 * 3))
+    (tmp_path / "x.npz.shards" / "000000.rgb").write_bytes(bytes(2 * 16 * 16 * 3))
     check_disk(tmp_path / "x.npz", 101, (16, 16))
-    with pytest.raises(UserError, match="at most 10.9 images"):
-        check_disk(tmp_path / "x.npz", 2**53, (16, 16))
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
@@ -259,11 +247,11 @@ def test_npz_killed_and_resumed_by_two_processes_has_the_same_bytes(tmp_path, fl
     command = [sys.executable, *map(str, flags), "--npz", str(tmp_path / "killed.npz")]
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as one:
         deadline = time.monotonic() + 120
-        while one.poll() is None and time.monotonic() < deadline and len(list(shards.glob("[0-9]*.npy"))) < 5:
+        while one.poll() is None and time.monotonic() < deadline and len(list(shards.glob("*.rgb"))) < 5:
             time.sleep(0.01)
         one.send_signal(signal.SIGKILL)
     assert one.returncode == -signal.SIGKILL and not (tmp_path / "killed.npz").exists()
-    assert 5 <= len(list(shards.glob("[0-9]*.npy"))) < 20
+    assert 5 <= len(list(shards.glob("*.rgb"))) < 20
 
     status, errors = torchrun(*flags, "--npz", tmp_path / "killed.npz", "--seed", 1)
     lines = [line for line in errors.splitlines() if "sample.py: " in line]

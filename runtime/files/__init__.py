@@ -13,24 +13,6 @@ from runtime.files.captions import index_captions
 from runtime.files.download import cached_download
 from runtime.files.errors import UserError, run
 from runtime.files.images import cut_long_sides, read_image
-from runtime.files.picture_index import index_pictures, pictures_below, tar_members
-from runtime.files.saving import check_writable, damaged_record, sync_folder, whole_file
+from runtime.files.picture_index import index_pictures, pictures_below
+from runtime.files.saving import check_writable, sync_folder, whole_file
 from runtime.files.weights import load_tensors, load_weights
-
-__all__ = [
-    "UserError",
-    "cached_download",
-    "check_writable",
-    "cut_long_sides",
-    "damaged_record",
-    "index_captions",
-    "index_pictures",
-    "load_tensors",
-    "load_weights",
-    "pictures_below",
-    "read_image",
-    "run",
-    "sync_folder",
-    "tar_members",
-    "whole_file",
-]

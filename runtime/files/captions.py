@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import posixpath
-import tarfile
 
 from runtime.files.errors import UserError
 from runtime.files.picture_index import SUFFIXES, tar_members
@@ -141,12 +140,8 @@ def _read_text(name, where, content, captions):
 
 def _read_tar(path, prefix, pictures, captions):
     """Names of what is in a tar of a folder begin with `prefix`, its own, so that two tars may use the same keys."""
-    try:
-        tar = tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape")
-    except (tarfile.TarError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{path} is not an uncompressed tar file ({error})")
-    with tar:
-        for member in tar_members(tar, path):
+    with open(path, "rb") as file:
+        for tar, member in tar_members(file, path):
             name, kind = posixpath.join(prefix, posixpath.normpath(member.name)), member.name.lower()
             if not member.isreg():
                 continue

@@ -21,10 +21,9 @@ def run(main):
     So do a full disk, a full GPU, a killed loader worker, and another rank that is gone; a fault of ours keeps its
     traceback.
     """
-    script = pathlib.Path(sys.argv[0]).name
-    stdout, stderr = sys.stdout, sys.stderr
+    script, plain = pathlib.Path(sys.argv[0]).name, (sys.stdout, sys.stderr)
     try:
-        sys.stdout, sys.stderr = _Output(stdout), _Output(stderr)
+        sys.stdout, sys.stderr = map(_Output, plain)
         main()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  what is not told in one line is raised again
         # At exit Python waits, for ever, for loader workers that something still refers to: drop all that main() held.
@@ -35,21 +34,20 @@ def run(main):
         sys.exit(f"{script}: {line}")
     finally:
         sys.stdout.flush()
-        sys.stdout, sys.stderr = stdout, stderr
+        sys.stdout, sys.stderr = plain
 
 
 def _one_line(error):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was saved stays, and the same command resumes from there"
-    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: use fewer images at once (--batch-size, --micro-batch) or smaller ones"
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if isinstance(error, dist.DistError) or "/gloo/" in str(error):  # the rank that failed shows the reason
         return f"rank {os.environ.get('RANK', 0)} lost touch with another process: {line}"
-    if str(error).startswith("DataLoader worker"):
-        return line
     line = line.split(".UserError: ", 1)[-1]  # from a loader worker it comes with a traceback in its text
-    return line if isinstance(error, (UserError, OSError)) else None
+    told = isinstance(error, (UserError, OSError)) or line.startswith("DataLoader worker")
+    return line if told else None
 
 
 class _Output:

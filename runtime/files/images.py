@@ -1,7 +1,7 @@
 """One picture file -> an RGB picture, or a line that says what is wrong with it; never another picture in its place."""
 
 import io
-import os
+import pathlib
 import struct
 import warnings
 
@@ -17,21 +17,21 @@ def read_image(path, content=None):
     """A JPEG, PNG or WEBP file as an RGB picture; gray and palettes are converted, transparency is laid over white.
 
     content: the bytes of the file, if they are not to be read from `path`. Sixteen-bit gray is scaled, where Pillow
-    would clip it. EXIF orientation is ignored, as ADM does. Raises UserError, naming the path, for what cannot be
-    read completely.
+    would clip it. EXIF orientation is ignored, as ADM does. UserError, naming the path, for what is not whole.
     """
     try:
-        image = Image.open(path if content is None else io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
+        content = pathlib.Path(path).read_bytes() if content is None else content
+        if not content:
+            raise ValueError("empty file")
+        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"])
         # Pillow refuses headers that claim over 179 million pixels and warns above 89; here both are errors.
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         image.load()
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
-            gray, clear = (
-                np.asarray(image).astype(np.uint32),
-                image.info.get("transparency", -1),
-            )  # a gray that is clear
-            image = Image.fromarray(np.where(gray == clear, 255, (gray // 257).clip(0, 255)).astype(np.uint8))
+            gray = np.asarray(image).astype(np.uint32)
+            clear = gray == image.info.get("transparency", -1)  # the one gray that a PNG may declare transparent
+            image = Image.fromarray(np.where(clear, 255, gray // 257).astype(np.uint8))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -40,16 +40,14 @@ def read_image(path, content=None):
         limit = Image.MAX_IMAGE_PIXELS / 1e6
         raise UserError(f"{path} claims to be larger than {limit:.0f} million pixels: remove it")
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        empty = os.path.exists(path) and os.path.getsize(path) == 0 if content is None else not content
-        reason = "empty file" if empty else str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable JPEG, PNG or WEBP image ({reason}): repair or remove it")
 
 
 def cut_long_sides(image):
     """The middle of a picture longer than 32 to 1, or the picture: scaled up whole, 1x5000 would take a gigabyte."""
-    width, height = image.size
-    limit = 32 * min(width, height)
-    if max(width, height) <= limit:
+    width, height = (min(side, 32 * min(image.size)) for side in image.size)
+    if (width, height) == image.size:
         return image
-    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
-    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import zipfile
 
 from runtime.files.errors import UserError
 
@@ -40,24 +39,12 @@ def sync_folder(folder):
 def check_writable(flag, path, is_folder=False):
     """UserError, before anything is computed, where the file (or folder) that a flag names could not be written."""
     path = pathlib.Path(path)
-    folder = path if is_folder else path.parent
-    probe = folder / f".writable-{os.getpid()}"
+    probe = (path if is_folder else path.parent) / f".writable-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written ({error.strerror}): choose another place")
     if path.is_dir() and not is_folder:
         raise UserError(f"{flag} {path} is a folder: choose another name")
-
-
-def damaged_record(path):
-    """The name of a damaged record in a file of torch.save, or None. Raises what zipfile raises for no such file.
-
-    torch.load compares no checksum. And one flipped bit can turn a record into a folder, of which torch would read
-    nothing and return uninitialised memory.
-    """
-    with zipfile.ZipFile(path) as archive:
-        folders = (record.filename for record in archive.infolist() if record.external_attr & 0x10)
-        return next(folders, None) or archive.testzip()

@@ -3,14 +3,11 @@
 import errno
 import pathlib
 import pickle
-import struct
 import zipfile
-import zlib
 
 import torch
 
 from runtime.files.errors import UserError
-from runtime.files.saving import damaged_record
 
 
 def load_tensors(path, mmap=False, legacy=False):
@@ -29,24 +26,30 @@ def load_tensors(path, mmap=False, legacy=False):
         unchecked = legacy and file.read(2) != b"PK"  # what every zip file starts with
     try:
         damaged = None if unchecked else damaged_record(path)
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk's trouble, not the file's
-            raise
-        raise UserError(f"{path} is not a checkpoint, or only part of one: use another, or download it again")
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds Python objects, or is not a checkpoint: it was refused, and nothing in it ran")
+    except Exception as error:  # zipfile and torch answer damage with a dozen types
+        if isinstance(error, MemoryError) or getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
+            raise  # the machine's trouble, not the file's
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        remedy = "use another, or download it again"
+        raise UserError(f"{path} is not a checkpoint, or only part of one ({reason}): {remedy}")
     if damaged:
         raise UserError(f"{path} is damaged (checksum of {damaged}): use an earlier one, or download it again")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        if unchecked:  # torch says the same of a text and of a pickle that carries code
-            raise UserError(f"{path} is not a checkpoint, or holds Python objects: it was refused")
-        raise UserError(f"{path} holds Python objects, not plain weights: it was refused, and nothing in it ran")
-    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a PyTorch checkpoint ({reason})")
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint's dict")
     return state
+
+
+def damaged_record(path):
+    """The name of a damaged record in a file of torch.save, or None. Raises what zipfile raises for no such file.
+
+    One flipped bit can turn a record into a folder, of which torch would read nothing and return uninitialised memory.
+    """
+    with zipfile.ZipFile(path) as archive:
+        folders = (record.filename for record in archive.infolist() if record.external_attr & 0x10)
+        return next(folders, None) or archive.testzip()
 
 
 def load_weights(module, state_dict, path, assign=False):
@@ -54,14 +57,14 @@ def load_weights(module, state_dict, path, assign=False):
     own = module.state_dict()
     if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
         raise UserError(f"{path} has no table of weights where one should be")
-    for key in own:
+    for key in own | state_dict:
         if key not in state_dict:
             raise UserError(f"{path} lacks the weight {key}: it belongs to another architecture")
-    for key, tensor in state_dict.items():
         if key not in own:
             raise UserError(f"{path} has the weight {key}, which this architecture does not")
-        if own[key].shape != tensor.shape:
-            raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
-        if own[key].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"{path}: {key} holds {tensor.dtype}, not {own[key].dtype}")
+        ours, theirs = own[key], state_dict[key]
+        if ours.shape != theirs.shape:
+            raise UserError(f"{path}: {key} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        if ours.is_floating_point() != theirs.is_floating_point():
+            raise UserError(f"{path}: {key} holds {theirs.dtype}, not {ours.dtype}")
     module.load_state_dict(state_dict, assign=assign)
