@@ -1,7 +1,6 @@
 """Pictures for people: grids with titles, films, and files that carry the settings they were drawn with."""
 
 import json
-import math
 import pathlib
 import re
 import sys
@@ -14,9 +13,8 @@ from data import to_uint8
 from runtime.files import UserError, check_writable, whole_file
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, by the ending of their names
-# The longest side that a format, or Pillow's writer of it, can hold: pixels.
-SIDE_LIMITS = {".png": 2**29 - 2, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}
 GAP = 2  # white pixels around each image of a grid
+MAX_SIDE = 15_000  # pixels of a grid without its titles; a WEBP ends at 16,383, and few programs show more of a PNG
 
 
 def is_picture(name):
@@ -36,9 +34,9 @@ def check_outputs(out, gif=None, npz=None):
     out: a picture or a folder; gif: a film; npz: in the place of pictures, so that `out` does not count.
     """
     for flag, name, ending in (("--npz", npz, ".npz"), ("--gif", gif, ".gif")):
+        if name and not name.lower().endswith(ending):
+            raise UserError(f"{flag} {name}: the name must end in {ending}")
         if name:
-            if not name.lower().endswith(ending):
-                raise UserError(f"{flag} {name}: the name must end in {ending}")
             check_writable(flag, name)
     if not npz:
         if pathlib.Path(out).suffix.lower() in set(Image.registered_extensions()) - set(FORMATS):
@@ -47,20 +45,16 @@ def check_outputs(out, gif=None, npz=None):
 
 
 def check_sides(out, gif, size, rows, num, panels=1):
-    """UserError, before anything is computed, for the grid of `save_all` where its file format cannot hold it.
+    """UserError, before anything is computed, for a grid of `save_all` whose sides would be above MAX_SIDE.
 
     out: its file; gif: of its film, which is twice as wide (or None); size: (height, width) of an image in pixels;
     rows: classes, of `num` images each; panels: solvers.
     """
     rows, columns = (rows, num) if rows > 1 else grid_shape(num)
-    height, width = rows * (size[0] + GAP), panels * columns * (size[1] + GAP)
-    for path, side in ((out, max(height, width)), (gif or "", max(height, 2 * width))):
-        limit = SIDE_LIMITS.get(pathlib.Path(path).suffix.lower(), math.inf)
-        if side > limit:
-            raise UserError(
-                f"{path} would have a side of over {side} pixels, and its format ends at {limit}: "
-                "use fewer classes, a smaller --num, or a folder for --out"
-            )
+    height, width = rows * (size[0] + GAP), panels * columns * (size[1] + GAP) * (2 if gif else 1)
+    if (gif or is_picture(out)) and max(height, width) > MAX_SIDE:
+        remedy = "use fewer classes, a smaller --num, or a folder for --out and no --gif"
+        raise UserError(f"a picture of {width}x{height} pixels is too large, {MAX_SIDE} are the limit: {remedy}")
 
 
 def picture_grid(images, columns=None, titles=None, headings=None):
@@ -105,18 +99,17 @@ def save_singles(folder, images, names, settings=None):
     Whatever a name holds, its file lies in `folder`, and the name of the file is short enough for a file system.
     """
     for i, (image, name) in enumerate(zip(images.permute(0, 2, 3, 1).cpu().numpy(), names, strict=True)):
-        plain = re.sub(r'[\s/\\:*?"<>|\x00-\x1f\x7f]', "-", name).encode(errors="ignore")[:200].decode(errors="ignore")
+        plain = re.sub(r"[^\w.-]", "-", name)[:60]
         save_picture(pathlib.Path(folder) / f"{i:05d}-{plain}.png", Image.fromarray(image), settings)
 
 
-def save_gif(path, frames, milliseconds=80, hold=1500, settings=None):
-    """Pictures of one size -> an endless GIF, the last frame held for `hold` milliseconds; settings: its comment."""
+def save_gif(path, frames, settings=None):
+    """Pictures of one size -> an endless GIF of 80 ms each, the last held for 1.5 s; settings: its comment."""
     palette = frames[-1].quantize(255)  # one palette for all frames, taken from the finished picture: no flicker
-    durations = [milliseconds] * (len(frames) - 1) + [hold]
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    how = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    how = dict(save_all=True, append_images=rest, duration=[80] * len(rest) + [1500], loop=0)
     with whole_file(path) as temporary:
-        frames[0].save(temporary, "GIF", comment=json.dumps(settings) if settings is not None else "", **how)
+        first.save(temporary, "GIF", comment=json.dumps(settings), **how)
 
 
 def draw_all(draw, count, batch_size, solvers, steps, film=False):

@@ -1,9 +1,7 @@
 """What a run shows of itself while it trains: grids of pictures, and the samples that --eval-every judges.
 
 All are drawn by the averaged weights (EMA), which are far ahead of the trained ones, from noise that is a function of
-the seed: the same picture grows from preview to preview. Few steps of Adams, as for a quick look. Previews of small
-pictures are for people who want to see early what was learned: their noise is a little smaller than that of training.
-Left out: previews on several GPUs; rank 0 draws them alone, the others wait.
+the seed: the same picture grows from preview to preview. Left out: previews on several GPUs; rank 0 draws them alone.
 """
 
 import torch
@@ -15,12 +13,12 @@ from samplers import generate, image_noise, time_grid
 PER_CLASS, MOST_CLASSES = 8, 9
 AT_ONCE = 16  # pictures in a batch, so that the memory of a preview stays far below that of a training step
 SMALL = 64  # pixels: up to this side, a picture is decided before t = 0.1, where the paper's guidance begins
+# Few steps of Adams, as for a quick look.
 AS_THE_PAPER = dict(steps=20, shift=1.0, scale=3.5, interval=(0.1, 1.0), temperature=1.0)
-# By eye, on four whole classes of the emoji after five minutes (the kinds of `make demo` mind less): guided from the
-# second step on, and in small steps there, people come out whole. At temperature 1 there are more specks, at 0.65 food
-# fades.
-FOR_SMALL = dict(steps=30, shift=2.0, scale=2.0, interval=(0.0, 1.0), temperature=0.7)
 JUDGED_SMALL = AS_THE_PAPER | dict(scale=2.5)
+# By eye, on four classes of the emoji after five minutes: guided from the second step on, and in small steps there,
+# people come out whole; at temperature 1 there are more specks, at 0.65 food fades.
+FOR_SMALL = dict(steps=30, shift=2.0, scale=2.0, interval=(0.0, 1.0), temperature=0.7)
 
 
 def draw(ema, y, numbers, seed, device, precision, steps, shift, scale, interval, temperature):

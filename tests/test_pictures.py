@@ -141,13 +141,13 @@ def test_outputs_that_cannot_be_written_are_refused_by_flag(tmp_path, flag, name
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_grids_that_a_format_cannot_hold_are_refused():
-    check_sides("x.png", None, (16, 16), 3, 2800)
-    check_sides("x.webp", "x.gif", (16, 16), 3, 900)
+def test_grids_that_are_too_large_for_their_format_are_refused():
+    check_sides("x.webp", None, (16, 16), 3, 800)
     check_sides("x.webp", None, (16, 16), 1, 2800)  # one class alone is drawn as a square
-    for out, gif, limit in (("x.webp", None, 16383), ("x.jpg", None, 65500), ("x.png", "x.gif", 65535)):
-        with pytest.raises(UserError, match=f"its format ends at {limit}"):
-            check_sides(out, gif, (16, 16), 3, 3700 if out != "x.webp" else 920)
+    check_sides("folder", None, (16, 16), 3, 9000)
+    for out, gif, num, panels in (("x.png", None, 900, 1), ("folder", "x.gif", 450, 1), ("x.jpg", None, 450, 2)):
+        with pytest.raises(UserError, match="a picture of 16200x54 pixels is too large, 15000 are the limit: use few"):
+            check_sides(out, gif, (16, 16), 3, num, panels)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["key", "disk"])
