@@ -16,10 +16,10 @@ class SomeClasses(Pictures):
     """
 
     def __init__(self, dataset, names):
+        members = dataset.members()
         self.dataset, self.in_memory, self.classifier = dataset, dataset.in_memory, dataset.classifier
         self.classes, self.labels, counts = [], [], []
         self.kept = np.array([], int)  # an array, which loader workers share
-        members = dataset.members()
         for text in names:
             name, _, times = (text, "", "1") if text in members else text.rpartition(":")
             if name not in members:
