@@ -518,7 +518,7 @@ def test_small_previews_are_guided_early_and_large_ones_as_in_the_paper(monkeypa
     for resolution, steps, guided_from in ((32, 30, 0.0), (128, 20, 0.1)):
         asked.clear()
         model = PixNerd(dataclasses.replace(TINY, num_classes=1, resolution=resolution, patch_size=8))
-        previews.preview(model, 0, torch.device("cpu"), "fp32")
+        previews.preview(model, torch.zeros(8, dtype=torch.long), 0, torch.device("cpu"), "fp32")
         assert len(asked) == steps
         for batch, t, _ in asked:
             assert batch == (16 if t > np.float32(guided_from) else 8), t
