@@ -50,8 +50,10 @@ class PictureIndex:
         # names: uint8, "class/path" without `prefix`, \0 between; places (N, 2): offset and size in a tar, or empty.
         self.source, self.classes, self.counts, self.prefix = source, classes, counts, prefix
         self.names, self.places, self.stamps = names, places, stamps
-        self.ends = [*(names == 0).nonzero().flatten().tolist(), len(names)]
-        self.labels = [label for label, count in enumerate(counts) for _ in range(count)]
+        self.ends = torch.cat([(names == 0).nonzero().flatten(), torch.tensor([len(names)])])  # (N)
+        self.labels = []
+        for label, count in enumerate(counts):
+            self.labels += [label] * count
         self.fingerprint = hashlib.sha256(names.numpy().tobytes().replace(b"\0", b"\n")).hexdigest()
 
     def __len__(self):
