@@ -35,9 +35,8 @@ def find_classes(text, names):
 
 def pair(text, number):
     """ "A" -> (A, A) and "AxB" -> (A, B), each read by `number`. ValueError for anything else."""
-    if not re.fullmatch(
-        "[0-9./]{1,9}(x[0-9./]{1,9})?", text.lower()
-    ):  # 1e999999999 would be computed to its last digit
+    # Of few characters, none an "e": 1e999999999 would be computed to its last digit.
+    if not re.fullmatch("[0-9./]{1,9}(x[0-9./]{1,9})?", text.lower()):
         raise ValueError
     values = [number(part) for part in text.lower().split("x")]
     return values[0], values[-1]
@@ -48,15 +47,26 @@ def find_size(config, resolution=None, upscale="1"):
 
     resolution: "N" or "HEIGHTxWIDTH", the pixels of patches as trained, which decide the number of tokens (default: as
     trained). upscale: a factor, or "HEIGHTxWIDTH" factors, by which each patch grows (section 4.5). Raises UserError.
+
+    A text model keeps its tokens, as released: there the resolution, too, decides how many pixels a patch has.
     """
-    P = config.patch_size
+    P, grid = config.patch_size, config.token_grid(config.resolution, config.resolution)
+    text = hasattr(config, "text_encoder")
+    units = grid if text else (P, P)
     try:
-        grid = config.token_grid(*pair(resolution or str(config.resolution), int))
+        sides = pair(resolution or str(config.resolution), int)
+        if not all(side > 0 and side % unit == 0 for side, unit in zip(sides, units)):
+            raise ValueError
     except ValueError:
-        multiples = f"both multiples of {P}, the side of a patch"
+        multiples = f"both multiples of {units[0]}, the {'tokens of a side' if text else 'side of a patch'}"
         raise UserError(f"--resolution {resolution} is not N or HEIGHTxWIDTH in pixels, {multiples}")
+    if text:
+        sides = [side // count for side, count in zip(sides, grid)]  # pixels of a patch
+    else:
+        grid, sides = config.token_grid(*sides), (P, P)
     try:
-        patch = [P * factor for factor in pair(upscale, fractions.Fraction)]  # exact, and reads 5/4 too
+        factors = pair(upscale, fractions.Fraction)  # exact, and reads 5/4 too
+        patch = [side * factor for side, factor in zip(sides, factors)]
         if not all(side > 0 and side % 1 == 0 for side in patch):
             raise ValueError
     except (ValueError, ZeroDivisionError):

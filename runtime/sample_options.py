@@ -1,0 +1,102 @@
+"""The flags of sample.py, and what each means where it is left out."""
+
+import argparse
+import math
+
+from runtime.files import UserError
+from runtime.models import SHIPPED_FILES
+from runtime.options import COUNT, POSITIVE, SEED, number
+from runtime.prompts import LAYOUTS
+from runtime.shards import LABELS
+from samplers import SOLVERS
+
+# What a flag that is left out means: the paper's choice for classes (section 4.1), the released demo's for sentences.
+CLASS_DEFAULTS = dict(solver=["euler"], steps=50, cfg=3.5, interval=[0.1, 1.0], shift=1.0)
+TEXT_DEFAULTS = dict(solver=["adams"], steps=25, cfg=4.0, interval=[0.0, 1.0], shift=3.0)
+
+# Within these limits of --steps and --shift, all times of a grid are different in float32.
+STEPS = number(int, lambda value: 1 <= value <= 10_000, "at least 1, and at most 10,000")
+SHIFT = number(float, lambda value: 0.01 <= value <= 100, "in [0.01, 100]")
+FINITE = number(float, math.isfinite, "a finite number")
+
+
+def parse_args(argv=None, parser=argparse.ArgumentParser):
+    """The command line; --solver comes back as a list. parser: its class, which decides how a mistake is told.
+
+    What --solver, --steps, --cfg, --interval, --shift and --temperature mean where they are left out depends on the
+    model: they stay None until `suit`.
+    """
+    parser = parser(usage="sample.py [--FLAG VALUE ...]; --help explains each", description="Draw with PixNerd.")
+    add = parser.add_argument
+    names = "xl, xl-512, xxl (released, downloaded once), emoji, emoji-text (assets/), or a file"
+    add("--ckpt", help=f"{names} (default: xl, or xxl for prompts)")
+    add("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's two sets of weights")
+    add("--class", dest="classes", help="name or index, several with commas, or all (default: 207; other models: all)")
+    add("--list-classes", action="store_true", help="print the classes that the model knows, and stop")
+    add("--prompt", action="append", help="a sentence for a text model to draw; may be given several times")
+    add("--prompts", help="a file of prompts, one a line or as .jsonl, or a folder of .txt files")
+    add("--negative", metavar="PROMPT", help="what guidance leads away from, in the place of the empty sentence")
+    add("--text-encoder", help="folder of the model's Qwen3, if it is not to be downloaded")
+    add("--layout", choices=LAYOUTS, help="of the folder --out: as the evaluator of GenEval or DPG-Bench reads it")
+    add("--num", type=COUNT, help="images per class or prompt (default: 4); --npz: in all (default: 50 of each)")
+    add("--solver", type=solvers, help=f"{', '.join(SOLVERS)}; several with commas are shown side by side")
+    add("--order", type=int, default=2, choices=[1, 2, 3, 4], help="of the adams solver")
+    add("--steps", type=STEPS, help="of the solver (default: 50; text: 25)")
+    add("--cfg", type=FINITE, help="guidance scale; 1: none (default: 3.5, as in the paper; text: 4)")
+    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times that are guided (default: 0.1 1; 0 1)")
+    add("--shift", type=SHIFT, help="time shift: above 1, smaller steps near noise (default: 1; text: 3)")
+    calm = "of the noise; below 1: fewer faults, less variety (default: 1; pictures of emoji: 0.8)"
+    add("--temperature", type=POSITIVE, help=calm)
+    add("--resolution", help="pixels, N or HEIGHTxWIDTH: other numbers of tokens; text: of pixels per token")
+    add("--upscale", default="1", help="factor or HEIGHTxWIDTH factors: more pixels per token, for far larger pictures")
+    add("--seed", type=SEED, default=0)
+    add("--batch-size", type=COUNT, default=32, help="images computed at once")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    pays = "auto: from 200 TFLOP on in bf16 on a CPU, 20,000 on a GPU (an image of XL with 50 steps has 27)"
+    add("--compile", choices=["auto", "on", "off"], default="auto", help=pays)
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--out", default="samples.png", help="one grid as .png, .jpg or .webp, or a folder for single pictures")
+    add("--gif", help="also write an animation: x_t, and the clean image predicted from it, side by side")
+    add("--npz", help="instead of pictures, write shuffled arrays for eval_fid.py; the same command resumes")
+    add("--labels", choices=LABELS, default="balanced", help="of --npz: equally many, by chance, or as in the data")
+    args = parser.parse_args(argv)
+    args.ckpt = args.ckpt or ("xxl" if args.prompt or args.prompts else "xl")
+    if args.interval and not args.interval[0] < args.interval[1]:
+        parser.error("--interval LOW HIGH: LOW must be below HIGH")
+    if args.npz and (args.gif or len(args.solver or "1") > 1):
+        parser.error("--npz takes one --solver and no --gif")
+    if args.prompt and args.prompts:
+        parser.error("--prompt and --prompts both say what to draw: leave one out")
+    if args.layout and (not args.prompts or args.npz or args.gif or len(args.solver or "1") > 1):
+        parser.error("--layout needs --prompts and an --out folder, and takes one --solver, no --npz and no --gif")
+    return args
+
+
+def solvers(text):
+    """--solver: names with commas between."""
+    if not set(text.split(",")) <= set(SOLVERS):
+        raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(SOLVERS)}")
+    return text.split(",")
+
+
+def suit(args, text):
+    """Gives the flags that were left out the values that suit the model, and refuses those that it cannot follow.
+
+    text: whether it reads sentences. Raises UserError.
+    """
+    shipped = args.ckpt in SHIPPED_FILES and not args.npz
+    defaults = TEXT_DEFAULTS if text else CLASS_DEFAULTS
+    for name, value in (defaults | {"temperature": SHIPPED_FILES[args.ckpt][1] if shipped else 1.0}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    what, instead = (
+        ("reads sentences", "--prompt") if text else ("knows classes", "--class, or --ckpt emoji-text or xxl")
+    )
+    for name in ("classes", "npz") if text else ("prompt", "prompts", "negative", "text_encoder"):
+        if getattr(args, name) is not None:
+            flag = "--class" if name == "classes" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is not for --ckpt {args.ckpt}, which {what}: use {instead}")
+    if text and not (args.prompt or args.prompts):
+        raise UserError(f"--ckpt {args.ckpt} {what}: say what to draw with {instead}")
+    if args.negative is not None and args.cfg == 1:
+        raise UserError("--negative does nothing without guidance: give a --cfg above 1")
