@@ -1,0 +1,241 @@
+"""Damaged files and random command lines: one line or a right result, no traceback, no hang, bounded memory.
+
+FUZZ=100 python -m pytest tests/test_fuzz.py      # 100 times as many cases as by default; SEED=2 for others
+"""
+
+import contextlib
+import io
+import os
+import random
+import resource
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_class_folder, noise_picture, run_script, run_state
+from PIL import Image
+
+from data import open_dataset
+from runtime.checkpoint import load_model, save_checkpoint
+from runtime.files import UserError, read_image
+from runtime.picture_sets import open_pictures
+
+SCALE, SEED = int(os.environ.get("FUZZ", "1")), int(os.environ.get("SEED", "1"))
+SPECIAL = [0, 1, 0x7F, 0x80, 0xFF]
+
+
+class Hang(BaseException):
+    """Not an Exception, which the code under test may turn into a line."""
+
+
+@contextlib.contextmanager
+def bounded(seconds=120, gigabytes=3):
+    """The block must end within a time that only a hang exceeds, and the process must not grow beyond a limit."""
+
+    def hang(*_):
+        raise Hang(f"no end after {seconds} s")
+
+    before, peak = signal.signal(signal.SIGALRM, hang), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < gigabytes * 1e6
+
+
+def mutated(content, draw):
+    """The bytes with one to six faults: flipped bits, other bytes, large numbers, pieces cut, doubled or moved."""
+    content = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 2, 3, 6))):
+        if not content:
+            break
+        # Half of the faults near an end, where headers and directories are.
+        near = draw.choice((len(content), 64, 512))
+        at = draw.randrange(min(near, len(content)))
+        at = len(content) - 1 - at if draw.random() < 0.5 else at
+        size = draw.choice((1, 2, 4, 8, 100))
+        kind = draw.randrange(7)
+        if kind == 0:
+            content[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            content[at] = draw.choice(SPECIAL)
+        elif kind == 2:
+            content[at : at + 4] = draw.choice(
+                (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f")
+            )
+        elif kind == 3:
+            del content[at : at + size]
+        elif kind == 4:
+            content[at:at] = content[at : at + size]
+        elif kind == 5:
+            content[at:at] = bytes(draw.randrange(256) for _ in range(size))
+        else:
+            del content[at:]
+    return bytes(content)
+
+
+def refused(action):
+    """What `action` returns, or None where it refuses its file in one line."""
+    try:
+        with bounded():
+            return action()
+    except UserError as error:
+        assert str(error) and "\n" not in str(error)
+        return None
+
+
+def pictures():
+    """JPEG, PNG and WEBP files of several modes, as bytes."""
+    picture, found = noise_picture(20, 28), []
+    deep = Image.fromarray(np.arange(560, dtype=np.uint16).reshape(20, 28) * 117)
+    clear = picture.quantize(16)
+    clear.info["transparency"] = 3
+    for image, how in (
+        (picture, {"format": "JPEG"}),
+        (picture, {"format": "JPEG", "progressive": True}),
+        (picture.convert("CMYK"), {"format": "JPEG"}),
+        (picture, {"format": "PNG"}),
+        (picture.convert("LA"), {"format": "PNG"}),
+        (clear, {"format": "PNG"}),
+        (deep, {"format": "PNG"}),
+        (picture, {"format": "WEBP"}),
+        (picture.convert("RGBA"), {"format": "WEBP", "lossless": True}),
+    ):
+        file = io.BytesIO()
+        image.save(file, **how)
+        found.append(file.getvalue())
+    return found
+
+
+def test_damaged_pictures_are_refused_in_one_line_or_read_as_rgb(tmp_path):
+    draw, whole, read = random.Random(SEED), pictures(), 0
+    for i in range(1000 * SCALE):
+        content = mutated(whole[i % len(whole)], draw)
+        image = refused(lambda content=content: read_image("x.png", content))
+        if image is not None:
+            assert image.mode == "RGB" and image.width * image.height <= Image.MAX_IMAGE_PIXELS
+            read += 1
+    print(f"{read} of {1000 * SCALE} damaged pictures were read, the others refused")
+    assert 0 < read < 1000 * SCALE
+
+
+def test_damaged_checkpoints_are_refused_in_one_line_or_hold_the_same_weights(tmp_path):
+    draw, path, read = random.Random(SEED), tmp_path / "x.pt", 0
+    save_checkpoint(path, run_state(1))
+    whole, weights = path.read_bytes(), load_model(path).state_dict()
+    for _ in range(100 * SCALE):
+        path.unlink()  # the model before may be mapped to it
+        path.write_bytes(mutated(whole, draw))
+        model = refused(lambda: load_model(path))
+        if model is not None:
+            assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+            read += 1
+    print(f"{read} of {100 * SCALE} damaged checkpoints were read, the others refused")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_npz_are_refused_in_one_line_or_hold_the_same_pictures(tmp_path, save):
+    draw, path, read = random.Random(SEED), tmp_path / "x.npz", 0
+    array = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    save(path, arr_0=array, arr_1=np.arange(6))
+    whole = path.read_bytes()
+    for _ in range(50 * SCALE):
+        path.write_bytes(mutated(whole, draw))
+        found = refused(lambda: torch.cat(list(open_pictures(path).batches(4))))
+        if found is not None:
+            assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), array)
+            read += 1
+    print(f"{read} of {50 * SCALE} damaged npz were read, the others refused")
+
+
+def test_damaged_tars_are_refused_in_one_line_or_read(tmp_path):
+    """A tar has no checksum of its contents: a picture that can be decoded counts as right."""
+    draw, path, read = random.Random(SEED), tmp_path / "x.tar", 0
+    with tarfile.open(path, "w") as tar:
+        tar.add(make_class_folder(tmp_path / "data", height=8, width=8), "data")
+    whole = path.read_bytes()
+
+    def everything():
+        dataset = open_dataset(path, 16)
+        return [dataset[i] for i in range(len(dataset))]
+
+    for _ in range(100 * SCALE):
+        path.write_bytes(mutated(whole, draw))
+        found = refused(everything)
+        if found is not None:
+            assert all(image.shape == (3, 16, 16) and label in (0, 1, 2) for image, label in found)
+            read += 1
+    print(f"{read} of {100 * SCALE} damaged tars were read, the others refused")
+
+
+# Values that are valid are small, so that what is accepted is soon done.
+VALUES = ["0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", "9" * 30, "9" * 5000, "", " ", "x"]
+VALUES += ["emoji", "all", "a,b", ",", "a:0", "b:2", "16", "16x", "16x32", "x16", "--", "-", "\0", "é", "a" * 300, "%s"]
+LIKELY = ["0", "1", "2", "3", "0.5", "16", "32", "emoji", "auto", "cpu", "fp32", "off", "euler", "a", "x.png", "x.npz"]
+FLAGS = {
+    "train.py": [
+        *("--size", "--data", "--classes", "--resolution", "--patch-size", "--hidden-size", "--depth", "--num-heads"),
+        *("--batch-size", "--micro-batch", "--steps", "--epochs", "--lr", "--ema", "--warmup", "--schedule", "--clip"),
+        *("--seed", "--shift", "--drop-label", "--repa", "--repa-block", "--dino", "--workers", "--timeout", "--keep"),
+        *("--optimizer", "--precision", "--device", "--compile", "--recompute", "--save-every", "--eval-every"),
+        *("--world-size", "--gpu", "--mfu", "--init", "--num-classes", "--weight-decay", "--augment", "--unknown"),
+    ],
+    "sample.py": [
+        *("--class", "--num", "--solver", "--order", "--steps", "--cfg", "--interval", "--shift", "--temperature"),
+        *("--resolution", "--upscale", "--seed", "--batch-size", "--precision", "--compile", "--device", "--out"),
+        *("--gif", "--npz", "--labels", "--weights", "--unknown"),
+    ],
+    "eval_fid.py": [
+        *(
+            "--features",
+            "--resolution",
+            "--batch-size",
+            "--workers",
+            "--device",
+            "--save-stats",
+            "--json",
+            "--inception",
+        )
+    ],
+    "data.py": ["--help", "--unknown", "x"],  # what is right would ask the network
+}
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monkeypatch, script):
+    """In an empty folder, which a refused command leaves empty. train.py only plans, the others really run."""
+    draw, path, accepted = random.Random(SEED), tmp_path / "tiny.pt", 0
+    save_checkpoint(path, run_state(1))
+    sets = [tmp_path / name for name in ("one.npz", "two.npz", "nowhere", "tiny.pt")]
+    for name in sets[:2]:
+        np.savez(name, arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
+    fixed = {
+        "train.py": ["--dry-run"],
+        "sample.py": ["--ckpt", path, "--num", "1", "--steps", "1", "--compile", "off", "--device", "cpu"],
+        "eval_fid.py": [],
+        "data.py": [],
+    }[script]
+    for i in range(20 * SCALE):
+        (here := tmp_path / f"here{i}").mkdir()
+        monkeypatch.chdir(here)
+        line = list(map(str, fixed))
+        if script == "eval_fid.py":
+            line += [str(draw.choice(sets)), str(draw.choice(sets))]
+        for flag in draw.sample(FLAGS[script], min(draw.choice((1, 1, 1, 2, 3)), len(FLAGS[script]))):
+            line.append(flag)
+            line += draw.sample(draw.choice((LIKELY, VALUES)), draw.choice((0, 1, 1, 1, 1, 1, 1, 2)))
+        with bounded():
+            status, _, stderr = run_script(script, *line)
+        told = stderr.strip().splitlines()
+        assert "Traceback" not in stderr and status in (0, 1, 2), (line, stderr)
+        if status == 0:
+            accepted += 1
+            continue
+        assert told and told[-1].startswith(f"{script}: "), (line, stderr)
+        assert status == 2 or len(told) == 1, (line, stderr)
+        assert not [file for file in here.rglob("*") if file.is_file()], line
+    print(f"{script}: {accepted} of {20 * SCALE} command lines accepted, the others refused")
