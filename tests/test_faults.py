@@ -14,6 +14,7 @@ import pathlib
 import pytest
 from helpers import assert_same_run, last, make_class_folder, train
 
+from runtime import previews
 from runtime.files import index_pictures
 
 EVERY = 1 if os.environ.get("FAULTS") == "all" else 7
@@ -101,6 +102,8 @@ def chosen(calls):
 @pytest.mark.slow
 def test_a_write_that_fails_is_one_line_and_the_same_command_then_ends_exactly(tmp_path, monkeypatch):
     """Catches: tracebacks, a true reason that is hidden, half a file that the next start trusts, lost steps."""
+    monkeypatch.setattr(previews, "PER_CLASS", 1)
+    monkeypatch.setattr(previews, "FOR_SMALL", previews.FOR_SMALL | {"steps": 1})
     assert train(tmp_path / "whole", *FLAGS)[0] == 0
     with monkeypatch.context() as patch:
         faults = Faults(patch, tmp_path / "counted", writing=True)
