@@ -129,8 +129,8 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
         if dataset.remark:
             processes.say(textwrap.shorten(dataset.remark, 200, placeholder=" ..."))
     asked = f"--classes {','.join(names)}" if names else f"--data {spec}"
-    other = next((r for r, seen in enumerate(processes.of_all(dataset.fingerprint)) if seen != dataset.fingerprint), 0)
-    if other:
+    seen = processes.of_all(dataset.fingerprint)
+    if other := next((rank for rank, pictures in enumerate(seen) if pictures != seen[0]), None):
         raise UserError(f"rank {other} finds other pictures in {spec} than rank 0: make them the same")
     if dataset.classes is None:
         return dataset, config
