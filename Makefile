@@ -1,4 +1,5 @@
 # make demo: set up, train Nano on five kinds of the embedded emoji for some minutes, look at samples.png.
+# make text: the same for a model that reads sentences, on the names of the emoji; text.png. About an hour.
 # make test: set up, run the tests that need the five packages only; those of optional packages are skipped and counted.
 # make test-all: install the optional packages too and run everything, the slow tests included.
 # It needs Python 3.11 or newer and a network for pip. PyTorch's small build for CPUs, on Linux:
@@ -14,6 +15,11 @@ demo: .venv/ready
 		--repa 0.5 --repa-block 4 --dino emoji --out runs/demo
 	cp runs/demo/samples.png samples.png
 	@echo "Look at samples.png: one row per class, drawn by the model that you just trained."
+
+text: .venv/ready
+	$(RUN) train.py --recipe emoji-text --out runs/text
+	$(RUN) sample.py --ckpt runs/text/last.pt --prompts assets/invented_prompts.txt --out text.png
+	@echo "Look at text.png: what the model makes of sentences that no emoji has."
 
 test: .venv/ready
 	$(RUN) -m pytest -q -rs -m "not slow" tests
@@ -34,4 +40,4 @@ test-all: .venv/ready-for-all
 clean:
 	rm -rf .venv samples.png
 
-.PHONY: demo test test-all clean
+.PHONY: demo text test test-all clean

@@ -69,7 +69,7 @@ def main():
         device = pick_device(args.device, processes.local_rank)
         model = find_model(args.ckpt, args.weights)
         config, names = model.config, model.class_names
-        suit(args, text=names is None)
+        suit(args, config)
         size, grid = find_size(config, args.resolution, args.upscale)
         times = time_grid(args.steps, args.shift)
         args.precision = pick_precision(args.precision, device)  # decided here, since the settings go into every file

@@ -14,7 +14,8 @@ from pretrained.text_encoders import load_text_encoder
 from runtime.checkpoint import FORMAT, save_checkpoint
 from runtime.files import UserError
 from runtime.prompts import Prompt, check_layout, draw_layout, read_prompts, shared_noise, title_of
-from text_model import TextPixNerd, TextPixNerdConfig
+from runtime.sample_options import parse_args, suit
+from text_model import PRESETS, TextPixNerd, TextPixNerdConfig
 
 TINY_TEXT = TextPixNerdConfig(
     text_encoder="words",
@@ -59,11 +60,19 @@ def pixels(path):
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_drawn_and_kept_in_the_file_with_the_released_defaults(ckpt, tmp_path):
+def test_a_prompt_is_drawn_and_kept_in_the_file_with_its_settings(ckpt, tmp_path):
     draw(ckpt, tmp_path / "a.png", "--prompt", "red apple", "--prompt", "blue dog", "--num", 2)
     settings = json.loads(Image.open(tmp_path / "a.png").text["settings"])
     assert settings["prompt"] == ["red apple", "blue dog"] and settings["solver"] == ["adams"]
-    assert (settings["cfg"], settings["shift"], settings["interval"]) == (4.0, 3.0, [0.0, 1.0])
+    assert (settings["cfg"], settings["shift"], settings["interval"]) == (2.5, 2.0, [0.0, 1.0])  # of small pictures
+
+
+def test_a_large_text_model_draws_as_the_released_demo():
+    """REFERENCE: Adams of order 2, 25 steps, shift 3, guidance 4 at 0 < t < 1."""
+    args = parse_args(["--prompt", "x"])
+    suit(args, PRESETS["XXL"])
+    drawn = (args.ckpt, args.solver, args.order, args.steps, args.shift, args.cfg, args.interval, args.temperature)
+    assert drawn == ("xxl", ["adams"], 2, 25, 3.0, 4.0, [0.0, 1.0], 1.0)
 
 
 def test_words_change_the_picture_and_a_batch_does_not(ckpt, tmp_path):

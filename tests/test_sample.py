@@ -44,7 +44,7 @@ def draw(*flags):
 def flags_of(*flags):
     """The flags of sample.py for a model of classes, each with its value."""
     args = sample.parse_args(flags)
-    sample.suit(args, text=False)
+    sample.suit(args, TINY)
     return args
 
 

@@ -1,0 +1,117 @@
+"""Prompt retrieval: does a model that was trained on the emoji's names draw what its prompt says?
+
+    python -m experiments.prompt_retrieval assets/emoji-text.pt
+    python -m experiments.prompt_retrieval runs/held/last.pt --hold-out assets/emoji_held_out.txt
+    python -m experiments.prompt_retrieval --write-list assets/emoji_held_out.txt     # one name in 25, by its hash
+
+Draws one picture of each name and looks for the nearest of the 1,906 real drawings: by the mean square of pixels, and
+by the distance of the emoji classifier's features. A name counts at k if a drawing of that name is among the k nearest.
+By chance that would be 0.0005 at 1. With --hold-out, names that were not trained on are counted apart, and of them those
+all of whose words occur in names that were. The picture of a held-out name can be right and yet nearer to another
+drawing, so this is a lower bound of what composes. Left out: several samples of a name; other encoders' classifiers.
+"""
+
+import argparse
+import hashlib
+import json
+
+import torch
+
+from data import from_uint8, open_dataset
+from pretrained.emoji_classifier import load_emoji_classifier
+from pretrained.text_encoders import words
+from runtime.files import UserError, run, whole_file
+from runtime.models import find_model
+from runtime.prompts import open_encoder
+from samplers import generate, image_noise, time_grid
+
+ONE_IN = 25
+AT_ONCE = 64
+
+
+def held_out(names):
+    """One name in 25, chosen by a hash of its spelling, so that the list depends on nothing else."""
+    number = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in names}
+    return sorted(name for name in number if number[name] % ONE_IN == 0)
+
+
+def ranks(drawn, real, names, wanted):
+    """For each drawn picture, how many drawings of other names are nearer than the nearest of its own: int (N).
+
+    drawn (N, D), real (R, D): vectors to compare; names: of the R real ones; wanted: of the N drawn ones.
+    """
+    found = []
+    for distances, name in zip(torch.cdist(drawn, real), wanted):  # (R)
+        own = torch.tensor([other == name for other in names])  # (R)
+        found.append(int((distances[~own] < distances[own].min()).sum()))
+    return torch.tensor(found)  # (N)
+
+
+def draw(model, encoder, prompts, **how):
+    """One picture of each prompt, image number i from the noise of number i: uint8 (N, 3, H, W)."""
+    size, images = (model.config.resolution, model.config.resolution), []
+    for start in range(0, len(prompts), AT_ONCE):
+        some = prompts[start : start + AT_ONCE]
+        noise = how["temperature"] * image_noise(how["seed"], range(start, start + len(some)), size)  # (B, 3, H, W)
+        times = time_grid(how["steps"], how["shift"])
+        images.append(generate(model, encoder.encode(some), noise, times, how["cfg"], (0.0, 1.0), "adams"))
+    return torch.cat(images)  # (N, 3, H, W)
+
+
+def measure(images, real, names, wanted, groups):
+    """{group: {measure: share}} of pictures (N, 3, 32, 32) of the prompts `wanted`; groups: {name: indices of some}."""
+    network = load_emoji_classifier()
+    vectors = {"pixels": lambda u8: from_uint8(u8).flatten(1), "features": lambda u8: network(u8)[0]}
+    found = {name: ranks(vector(images), vector(real), names, wanted) for name, vector in vectors.items()}
+    table = {}
+    for group, indices in groups.items():
+        table[group] = {"names": len(indices)}
+        for name, rank in found.items():
+            for k in (1, 5):
+                table[group][f"{name} top {k}"] = round(float((rank[indices] < k).float().mean()), 3)
+    return table
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ckpt", nargs="?", help="a text model of the emoji, by name or file")
+    parser.add_argument("--hold-out", help="the captions that it was not trained on, as for train.py")
+    parser.add_argument("--num", type=int, help="names that are drawn, spread over all (default: all)")
+    parser.add_argument("--write-list", help="write the list of held-out names to this file, and stop")
+    for name, value in (("cfg", 2.0), ("shift", 2.0), ("temperature", 0.8), ("steps", 25), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    args = parser.parse_args()
+    emoji = open_dataset("emoji", 32, captions=True)
+    names = emoji.labels
+    if args.write_list:
+        with whole_file(args.write_list) as temporary:
+            temporary.write_text("\n".join(held_out(names)) + "\n", encoding="utf-8")
+        return print(f"{args.write_list}: {len(held_out(names))} of {len(set(names))} names")
+    if not args.ckpt:
+        raise UserError("name a checkpoint, or give --write-list")
+    unseen = set()
+    if args.hold_out:
+        with open(args.hold_out, encoding="utf-8") as file:
+            unseen = set(file.read().splitlines())
+    model = find_model(args.ckpt)
+    encoder = open_encoder(model, None, None, args.ckpt, "cpu")
+    count = min(args.num or len(names), len(names))
+    wanted = [names[i * len(names) // count] for i in range(count)]
+    wanted = wanted if args.num is None else sorted({*wanted, *unseen})
+    known = {word for name in names if name not in unseen for word in words(name)}
+    groups = {"trained": [i for i, name in enumerate(wanted) if name not in unseen]}
+    if unseen:
+        groups["held out"] = [i for i, name in enumerate(wanted) if name in unseen]
+        groups["held out, of known words"] = [i for i in groups["held out"] if known.issuperset(words(wanted[i]))]
+    how = {name: getattr(args, name) for name in ("cfg", "shift", "temperature", "steps", "seed")}
+    images = draw(model, encoder, wanted, **how)
+    real = torch.stack([emoji.picture(i) for i in range(len(emoji))])  # (R, 3, 32, 32)
+    table = measure(images, real, names, wanted, groups)
+    print(json.dumps({"ckpt": args.ckpt, **how}))
+    for group, row in table.items():
+        print(f"{group:26}", *(f"{name} {value}" for name, value in row.items()), sep="  ")
+
+
+if __name__ == "__main__":
+    run(main)
