@@ -6,8 +6,8 @@
 
 Draws one picture of each name and looks for the nearest of the 1,906 real drawings: by the mean square of pixels, and
 by the distance of the emoji classifier's features. A name counts at k if a drawing of that name is among the k nearest.
-By chance that would be 0.0005 at 1. With --hold-out, names that were not trained on are counted apart, and of them those
-all of whose words occur in names that were. The picture of a held-out name can be right and yet nearer to another
+By chance that would be 0.0005 at 1. With --hold-out, names that were not trained on are counted apart, and of them
+those whose words all occur in names that were. The picture of a held-out name can be right and yet nearer to another
 drawing, so this is a lower bound of what composes. Left out: several samples of a name; other encoders' classifiers.
 """
 

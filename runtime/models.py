@@ -2,19 +2,23 @@
 
 import dataclasses
 import hashlib
+import os
+
+import torch
 
 from data import ASSETS
 from runtime.checkpoint import load_model
 from runtime.files import UserError, cached_download
 
-# Released ones: address and side of their pictures in pixels. Shipped ones: file
-# and what people should see of them: a lower temperature, at which a small model makes fewer faults, with less variety.
+# Released ones: address, and side of their pictures in pixels. Shipped ones: file, and the temperature for people, at
+# which a small model makes fewer faults, with less variety.
 RELEASED = "https://huggingface.co/MCG-NJU/PixNerd-"
 RELEASED_FILES = {
     "xl": (f"{RELEASED}XL-P16-C2I/resolve/main/epoch%3D319-step%3D1600000_emainit.ckpt", 256),  # FID 1.93
     "xl-512": (f"{RELEASED}XL-P16-C2I/resolve/main/res512_ft200k_epoch%3D325-step%3D1800000_emainit.ckpt", 512),
     "xxl": (f"{RELEASED}XXL-P16-T2I/resolve/main/model.ckpt", 512),  # reads sentences: GenEval 0.73
 }
+FOLDERS = {"xxl": "pixnerd-xxl"}  # below torch's folder of downloads, for a file whose name many others have
 SHIPPED_FILES = {"emoji": (ASSETS / "emoji-nano.pt", 0.8), "emoji-text": (ASSETS / "emoji-text.pt", 0.8)}
 IMAGENET_CLASSES = (ASSETS / "imagenet_classes.txt").read_text().splitlines()  # in index order
 
@@ -25,7 +29,11 @@ def find_model(ckpt, weights="ema"):
     class_names is None for a model of sentences. Raises FileNotFoundError and UserError.
     """
     address, resolution = RELEASED_FILES.get(ckpt, (None, None))
-    path = cached_download(address, flag="--ckpt") if address else SHIPPED_FILES.get(ckpt, [ckpt])[0]
+    if address:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints", FOLDERS.get(ckpt, ""))
+        path = cached_download(address, flag="--ckpt", folder=folder)
+    else:
+        path = SHIPPED_FILES.get(ckpt, [ckpt])[0]
     try:
         model = load_model(path, weights)
     except UserError as error:

@@ -81,7 +81,7 @@ def test_every_promise_and_every_equation_names_a_test():
     for promise in promises[1:]:
         assert "::test_" in promise, f"no test proves: {promise}"
     rows = re.findall(r"^\| (?:\d+|section 4.5): .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(rows) == 13 and all("::test_" in row for row in rows)
+    assert len(rows) >= 13 and all("::test_" in row for row in rows)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -106,7 +106,7 @@ def test_commands_are_found_in_blocks_and_in_the_text():
         "Say `python a.py\n--x 1`.\n```\nsrun torchrun --nnodes 2 \\\n  b.py --y  # why\n$ ls\nN=1 python -m c.d\n```\n"
     )
     assert command_lines(page) == ["torchrun --nnodes 2    b.py --y", "python -m c.d", "python a.py --x 1"]
-    assert len(COMMANDS) > 20 and len(makefile_commands()) == 1
+    assert len(COMMANDS) > 20 and len(makefile_commands()) >= 3
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -1,6 +1,7 @@
 """sample.py with sentences: prompts, negative prompts, files of prompts, and the folders that evaluators read."""
 
 import dataclasses
+import io
 import json
 import pathlib
 
@@ -11,9 +12,10 @@ from helpers import complaint, run_script
 from PIL import Image
 
 from pretrained.text_encoders import load_text_encoder
+from runtime import models
 from runtime.checkpoint import FORMAT, save_checkpoint
 from runtime.files import UserError
-from runtime.prompts import Prompt, check_layout, draw_layout, read_prompts, shared_noise, title_of
+from runtime.prompts import Prompt, check_layout, draw_layout, open_encoder, read_prompts, shared_noise, title_of
 from runtime.sample_options import parse_args, suit
 from text_model import PRESETS, TextPixNerd, TextPixNerdConfig
 
@@ -121,15 +123,32 @@ def test_text_features_are_computed_once_and_not_per_step(ckpt, tmp_path, monkey
     assert calls == [[""], ["red apple"]]
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    ["", "   ", "word " * 2000, "красное яблоко 赤いリンゴ", "🍎🍏", "\x00\x07\n\r\t", "../../x", "a/b\\c", "." * 300],
-)
+HOSTILE = ["", "  ", "word " * 2000, "красное яблоко リンゴ", "🍎🍏", "\x00\x07\n\r\t", "../../x", "a/b\\c", "." * 300]
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
 def test_every_prompt_is_drawn_inside_the_folder(ckpt, tmp_path, prompt):
     draw(ckpt, tmp_path / "out", "--prompt", prompt, "--num", 1)
     assert len(list((tmp_path / "out").iterdir())) == 1 and {p.name for p in tmp_path.iterdir()} == {"out", "text.pt"}
     draw(ckpt, tmp_path / "grid.png", "--prompt", prompt, "--prompt", "x", "--num", 1)
     assert len(title_of(prompt)) <= 40 and title_of(prompt).isprintable()
+
+
+def test_the_released_text_model_is_downloaded_and_asks_for_its_encoder(server, golden, tmp_path, monkeypatch):
+    """From a server of this machine, with the golden file's weights: its names, its place, and Qwen3 by name."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    weights = {key[2:]: tensor for key, tensor in golden("t2i_plain").items() if key.startswith("w.")}
+    content = io.BytesIO()
+    torch.save({"state_dict": {f"ema_denoiser.{key}": tensor for key, tensor in weights.items()}}, content)
+    server.body, file = content.getvalue(), golden("t2i_plain")
+    monkeypatch.setattr(models, "RELEASED_FILES", {"xxl": (server.url.replace("weights.pth", "model.ckpt"), 64)})
+    model = models.find_model("xxl")
+    assert (tmp_path / "cache" / "hub" / "checkpoints" / "pixnerd-xxl" / "model.ckpt").exists()
+    assert model.config.resolution == 64 and model.class_names is None
+    v = model(file["x"], file["t"], file["y"])
+    assert (v - file["v"]).norm() < 1e-5 * file["v"].norm()
+    with pytest.raises(UserError, match="--ckpt xxl reads the text features of qwen3, not those of words"):
+        open_encoder(model, "words", None, "xxl", "cpu")
 
 
 @pytest.mark.parametrize(
