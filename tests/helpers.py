@@ -170,6 +170,8 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.requests = []  # the headers of each request
         self.cuts = []  # after how many bytes each of the next replies breaks off
         self.ranges, self.ignores_if_range, self.align = True, False, 1
+        self.redirect, self.endless = None, False  # to another address; bytes for ever, without a length
+        self.length = None  # a false Content-Length
         self.stalls = False  # keep a connection open without sending another byte
         self.stalled, self.go_on = threading.Event(), threading.Event()
 
@@ -182,6 +184,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append(dict(self.headers))
         if server.status != 200:
             return self.send_error(server.status)
+        if server.redirect and self.path != "/elsewhere/weights.pth":
+            self.send_response(302)
+            self.send_header("Location", server.redirect)
+            return self.end_headers()
         body, start, status = server.body, 0, 200
         asked = self.headers.get("Range") if server.ranges else None
         if asked and (self.headers["If-Range"] == server.etag or server.ignores_if_range):
@@ -198,8 +204,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
+        if not server.endless:
+            self.send_header("Content-Length", server.length or str(len(body) - start))
         self.end_headers()
+        with contextlib.suppress(ConnectionError):  # until the other side has had enough
+            while server.endless:
+                self.wfile.write(body)
+        if server.endless:
+            return
         cut = server.cuts.pop(0) if server.cuts else len(body)
         self.wfile.write(body[start : start + cut])
         self.wfile.flush()

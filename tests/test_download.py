@@ -108,6 +108,39 @@ def test_a_truncated_file_is_an_error_and_never_gets_its_name(server, tmp_path):
     assert not (tmp_path / "weights.pth").exists()
 
 
+def test_bytes_without_end_are_cut_off_and_thrown_away(server, tmp_path, monkeypatch):
+    """Catches a server that fills the disk, and leaves it full."""
+    monkeypatch.setattr(download, "MOST", 3 * len(BODY))
+    server.endless = True
+    with pytest.raises(UserError, match="it does not end after 0.003012 GB"):
+        cached_download(server.url, folder=tmp_path)
+    assert not list(tmp_path.glob("weights.pth*.part")) and not (tmp_path / "weights.pth").exists()
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "1e6", "99999999999999999999"])
+def test_a_length_that_is_no_number_or_not_true_is_no_traceback(server, tmp_path, length):
+    """The last is never reached: an error. The others say nothing, and the file is whole when the connection ends."""
+    server.length = length
+    if length.isdigit():
+        with pytest.raises(UserError, match="HTTP Error 416"):  # for what follows the last byte
+            cached_download(server.url, folder=tmp_path)
+        assert not (tmp_path / "weights.pth").exists()
+    else:
+        assert cached_download(server.url, folder=tmp_path).read_bytes() == BODY
+
+
+def test_redirects_are_followed_over_the_network_only_and_not_for_ever(server, tmp_path):
+    """With the part that is there. Catches: a reply that makes us copy a file of this machine; a loop."""
+    plant_part(tmp_path, BODY[:1000], '"v1"')
+    server.redirect = server.url.replace("/files/", "/elsewhere/")
+    assert cached_download(server.url, folder=tmp_path).read_bytes() == BODY
+    assert server.requests[-1]["Range"] == "bytes=1000-"
+    for i, server.redirect in enumerate((f"file://{tmp_path}/weights.pth", server.url, "http://")):
+        with pytest.raises(UserError, match="could not download") as error:
+            cached_download(server.url, folder=tmp_path / str(i))
+        assert "\n" not in str(error.value) and not (tmp_path / str(i) / "weights.pth").exists()
+
+
 def test_a_wrong_hash_is_an_error_and_the_bytes_are_thrown_away(server, tmp_path):
     """Catches an unchecked digest; a bad part that every later run would "complete" and refuse again."""
     right = hashlib.sha256(BODY).hexdigest()

@@ -29,6 +29,7 @@ from runtime.files.errors import UserError
 BLOCK = 1 << 16  # bytes per read; a drop loses the block it interrupts, so not too large
 TIMEOUT = 30  # seconds without a byte after which a connection counts as dropped
 RETRY_WAITS = (1, 3, 10, 30)  # seconds before each further try
+MOST = 100 * 10**9  # bytes; no file of weights is nearly as large, and a server may send without end
 # What a bad line raises. A full disk raises a plain OSError, which is not among these: it is not tried again.
 DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -60,7 +61,7 @@ def cached_download(url, flag=None, sha256_prefix=None, folder=None):
                 part.with_suffix(".etag").unlink(missing_ok=True)
     except (OSError, http.client.HTTPException) as error:
         remedy = f"fetch it elsewhere and put it at {target}" + (f", or pass its path with {flag}" if flag else "")
-        raise UserError(f"could not download {url} ({error}): {remedy}") from error
+        raise UserError(f"could not download {url} ({' '.join(str(error).split())}): {remedy}") from error
     return target
 
 
@@ -80,8 +81,8 @@ def _fetch(url, part):
         except DROPPED as error:
             code = getattr(error, "code", 500)
             offline = attempt == 0 and type(error) is urllib.error.URLError  # never connected: say so at once
-            if code == 416 and part.exists():  # nothing after our last byte: too long, or killed before the rename
-                part.unlink()
+            if code == 416 and wait is not None and part.exists():
+                part.unlink()  # nothing after our last byte: it is too long, or we were killed before the rename
             elif code < 500 or offline or wait is None:  # 404, 403: a clear no
                 raise
         time.sleep(wait or 0)
@@ -96,13 +97,13 @@ def _transfer(url, part):
     # replaced on the server would be spliced onto the beginning of the old one.
     headers = {"Range": f"bytes={offset}-", "If-Range": tag} if offset else {}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as reply:
-        new_tag, length = reply.headers.get("ETag", ""), reply.headers.get("Content-Length")
+        new_tag, length = reply.headers.get("ETag", ""), reply.length  # None: not said, or no number
         if reply.status != 206:  # the whole file, whatever was asked for
             offset = 0
         elif new_tag != tag or not reply.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             part.unlink()
             raise ConnectionError("the server sent another part than it was asked for")
-        total = offset + int(length) if length else None  # not every server says it
+        total = None if length is None else offset + length
         bar = tqdm(total=total, initial=offset, unit="B", unit_scale=True, desc=part.stem)
         with open(part, "ab" if offset else "wb") as file, bar:
             if not offset:
@@ -112,6 +113,9 @@ def _transfer(url, part):
             while block := reply.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
+                if file.tell() > MOST:
+                    part.unlink()
+                    raise OSError(f"it does not end after {MOST / 1e9:g} GB")
             file.flush()
             os.fsync(file.fileno())  # on the disk before it gets its final name, or a power cut leaves holes
     size = part.stat().st_size
