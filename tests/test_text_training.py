@@ -1,8 +1,12 @@
 """Training on captions: train.py with a text encoder, from the folder of pictures to the checkpoint."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from helpers import assert_same_run, last, noise_picture, refuses, start, train
+from helpers import assert_same_run, command, last, noise_picture, refuses, start, train
 from PIL import Image
 
 import text_model
@@ -61,6 +65,21 @@ def test_a_run_on_captions_that_is_killed_in_the_middle_ends_as_one_that_is_not(
     process.kill()
     process.communicate()
     assert_same_run(run(tmp_path / "killed", captioned, "--steps", 40, "--save-every", 5), whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_captions_as_one_does(tmp_path, captioned):
+    """Each encodes the captions of its own samples. Sums over ranks round differently, so nearly equal."""
+    one = run(tmp_path / "one", captioned, "--steps", 3)
+    flags = [*command(tmp_path / "two", "--data", captioned, *TEXT, "--steps", 3)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
+    done = subprocess.run(
+        torchrun, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    two = last(tmp_path / "two")
+    for key, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][key], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_changed_captions_do_not_resume_without_a_word(tmp_path, captioned):
