@@ -1,7 +1,9 @@
 # make demo: set up, train Nano on five kinds of the embedded emoji for some minutes, look at samples.png.
 # make text: the same for a model that reads sentences, on the names of the emoji; text.png. About an hour.
 # make test: set up, run the tests that need the five packages only; those of optional packages are skipped and counted.
-# make test-all: install the optional packages too and run everything, the slow tests included.
+# make page: set up with gradio, open the page on the models of this repository.
+# make test-all: install the optional packages too and run everything: the slow tests, and those of the page, which need
+# Chromium or Chrome.
 # It needs Python 3.11 or newer and a network for pip. PyTorch's small build for CPUs, on Linux:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
@@ -21,8 +23,11 @@ text: .venv/ready
 	$(RUN) sample.py --ckpt runs/text/last.pt --prompts assets/invented_prompts.txt --out text.png
 	@echo "Look at text.png: what the model makes of sentences that no emoji has."
 
+page: .venv/ready-for-page
+	$(RUN) app.py --open
+
 test: .venv/ready
-	$(RUN) -m pytest -q -rs -m "not slow" tests
+	$(RUN) -m pytest -q -rs -m "not slow and not browser" tests
 
 test-all: .venv/ready-for-all
 	$(RUN) -m pytest -q -rs tests
@@ -33,11 +38,15 @@ test-all: .venv/ready-for-all
 	$(INSTALL) -r requirements.txt
 	touch $@
 
+.venv/ready-for-page: .venv/ready requirements-page.txt
+	$(INSTALL) -r requirements.txt -r requirements-page.txt
+	touch $@
+
 .venv/ready-for-all: .venv/ready $(OPTIONAL)
-	$(INSTALL) $(OPTIONAL:%=-r %)
+	$(INSTALL) -r requirements.txt $(OPTIONAL:%=-r %)
 	touch $@
 
 clean:
 	rm -rf .venv samples.png
 
-.PHONY: demo text test test-all clean
+.PHONY: demo text page test test-all clean

@@ -5,5 +5,6 @@ training    options (the flags), loader, distributed, stopping, gauges, optimize
 its folder  run_folder (what is resumed, what is pruned), log, previews
 data        some_classes (--classes), imagenette (a download)
 sampling    choices (names -> numbers), pictures (grids, films), sampling_cost, shards (50,000 samples, resumable)
+the page    asked (its controls, checked), jobs (one at a time), inside (what a token wrote), page (the layout)
 evaluation  picture_sets (what is compared), feature_networks, eval_report
 """

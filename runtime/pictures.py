@@ -57,17 +57,18 @@ def check_sides(out, gif, size, rows, num, panels=1):
         raise UserError(f"a picture of {width}x{height} pixels is too large, {MAX_SIDE} are the limit: {remedy}")
 
 
-def picture_grid(images, columns=None, titles=None, headings=None):
+def picture_grid(images, columns=None, titles=None, headings=None, text=10):
     """uint8 images (N, 3, H, W) -> one RGB picture, row by row, with 2 white pixels between; `titles` names the rows.
 
     With `headings` the images are that many groups of equal number, one grid each, side by side under their headings.
+    text: its height in pixels.
     """
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(text)
     panels = len(headings or [""])
     count, _, height, width = len(images) // panels, *images.shape[1:]
     rows, columns = grid_shape(count, columns)
     left = 8 + max(int(font.getlength(title)) for title in titles) if titles else 0
-    top = 14 if headings else 0
+    top = text + 4 if headings else 0
     step = max([columns * (width + GAP), *(int(font.getlength(heading)) + 8 for heading in headings or [])])
     sheet = Image.new("RGB", (left + panels * step + GAP, top + rows * (height + GAP) + GAP), "white")
     write = ImageDraw.Draw(sheet).text
@@ -79,8 +80,24 @@ def picture_grid(images, columns=None, titles=None, headings=None):
     for row, title in enumerate(titles or []):
         write((left - 4, top + GAP + row * (height + GAP) + height // 2), title, "black", font, anchor="rm")
     for panel, heading in enumerate(headings or []):
-        write((left + GAP + panel * step, 8), heading, "black", font, anchor="lm")
+        write((left + GAP + panel * step, top // 2 + 1), heading, "black", font, anchor="lm")
     return sheet
+
+
+def enlarge(images, side):
+    """Repeats the pixels of images (N, C, H, W) so that the longer side has at least `side`: (N, C, k*H, k*W)."""
+    k = max(1, -(-side // max(images.shape[-2:])))
+    return images.repeat_interleave(k, dim=-2).repeat_interleave(k, dim=-1)  # (N, C, k*H, k*W)
+
+
+def film_frame(pairs, solvers):
+    """One time of a drawing by one or several solvers: x_t on the left, the predicted image on the right.
+
+    pairs: for each solver uint8 (2, N, 3, H, W), as in the films of `draw_all`. Several solvers have a row each.
+    """
+    images = torch.stack(pairs, dim=1).flatten(0, 2)  # (2 * solvers * N, 3, H, W)
+    columns, titles = (pairs[0].shape[1], solvers) if len(solvers) > 1 else (None, None)
+    return picture_grid(enlarge(images, 128), columns, titles, ["x_t", "predicted clean image"], 16)
 
 
 def save_picture(path, picture, settings=None):

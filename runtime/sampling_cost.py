@@ -3,7 +3,7 @@
 import torch
 
 from runtime.files import UserError
-from runtime.flops import forward_flops
+from runtime.flops import decoder_flops, forward_flops
 from runtime.machine import available_memory, will_compile
 
 # Operations from which --compile auto compiles; elsewhere 20,000 TFLOP. The compiler cannot read packed weights
@@ -47,3 +47,15 @@ def pick_compile(choice, config, size, grid, evaluations, precision, device, say
     if choice == "auto" and flops < COMPILE_PAYS.get((device.type, precision), 20e15):
         return False
     return will_compile(choice, device, say)
+
+
+def velocity_flops(config, size, grid, densities=()):
+    """Operations of one velocity of one image; size and grid: as in check_memory.
+
+    densities: of more drawings by the field alone, each with so many times the pixels a side.
+    """
+    rows, columns = grid or config.token_grid(*size)
+    height, width = rows * config.patch_size, columns * config.patch_size  # of the image that the transformer sees
+    field = decoder_flops(config, height, width)
+    times = size[0] * size[1] / (height * width)  # as many pixels as there
+    return forward_flops(config, height, width) + field * (times - 1 + sum(times * k**2 for k in densities))

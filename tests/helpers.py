@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from model import PixNerd, PixNerdConfig
+from text_model import TextPixNerd, TextPixNerdConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,6 +51,35 @@ def run_state(step, seed=0):
         "model": randomised(TINY, seed).state_dict(),
         "ema": randomised(TINY, seed + 1).state_dict(),
     }
+
+
+TINY_TEXT = TextPixNerdConfig(
+    text_encoder="words",
+    text_width=8,
+    text_length=4,
+    resolution=16,
+    patch_size=8,
+    hidden_size=32,
+    num_heads=2,
+    text_depth=1,
+    depth=1,
+    field_depth=1,
+    field_width=8,
+    field_ratio=1,
+    num_freqs=4,
+)
+
+
+def text_state():
+    """A checkpoint of TINY_TEXT, not trained, whose output depends on the text."""
+    from pretrained.text_encoders import load_text_encoder
+    from runtime.checkpoint import FORMAT
+
+    torch.manual_seed(0)
+    model = TextPixNerd(TINY_TEXT)
+    torch.nn.init.normal_(model.decoder.output.weight, std=0.5)
+    model.null_features.copy_(load_text_encoder("words", 8, 4).null)
+    return {"format": FORMAT, "config": dataclasses.asdict(TINY_TEXT), "ema": model.state_dict()}
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

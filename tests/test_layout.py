@@ -27,6 +27,7 @@ LINES = {
     "train.py": 280,
     "sample.py": 220,
     "eval_fid.py": 330,
+    "app.py": 250,
     "README.md": 160,
 }
 OPTIONS = ("runtime/options.py", "runtime/sample_options.py")  # the rooms of the flags

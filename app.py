@@ -1,0 +1,149 @@
+"""The same as sample.py, as a web page: draw pictures, watch one form, look inside its patches (sections 3.2 and 4.5).
+
+    make page                                       # set up, open the page on the models of this repository
+    python app.py --ckpt runs/x/last.pt,xl          # offers these too; released ones are downloaded once
+    python app.py --ckpt runs/x/last.pt --baseline runs/linear/last.pt    # beside a model with a linear decoder
+
+One job at a time; others wait in a short queue. The page is served to this machine alone (--host), and asks no other.
+Left out: accounts, and whatever else a page on the internet needs.
+"""
+
+import argparse
+import os
+import signal
+import tempfile
+
+import torch
+
+from data import to_uint8
+from runtime.asked import Served, controls_of, read
+from runtime.files import UserError, run
+from runtime.inside import DENSITIES, Inside, comparable, recorded_tokens, replayed_tokens
+from runtime.machine import keep_memory, pick_device
+from runtime.models import SHIPPED_FILES, find_model
+from runtime.options import POSITIVE, number
+from runtime.page import a_number, build, serve
+from runtime.pictures import draw_all, film_frame, picture_grid, save_gif, save_picture, save_singles
+from sample import draw, settings_of
+from samplers import generate, image_noise
+
+PORT = number(int, lambda value: 1 <= value <= 65_535, "a port, 1 to 65,535")
+
+# ---- jobs: what they send is {part of the page: its new value} -------------------------------------------------------
+
+
+def settings(asked):
+    return settings_of(asked.flags, asked.served.hash, asked.served.device, asked.size)
+
+
+def draw_by(send, asked, solvers, film=False, report=lambda solver, x_t, x: {}):
+    """`draw_all` of what is asked. After each step it sends how far it is, and what `report` makes of the state."""
+    flags = asked.flags
+
+    def draw_batch(numbers, watch, solver):
+        def told(step, t, x_t, x):
+            watch(step, t, x_t, x)
+            line = {"status": f"{solver}: step {step} of {flags['steps']}, time {float(t):.2f}"}
+            send(line | report(solver, x_t, x), needed=False)
+
+        how = asked.how | {"solver": solver, "watch": told}
+        return draw(asked.served.model, asked.y, numbers, asked.size, flags["seed"], flags["temperature"], **how)
+
+    return draw_all(draw_batch, len(asked.y), len(asked.y), solvers, flags["steps"], film)
+
+
+def draw_job(send, folder, asked):
+    """Pictures, each in a file of its own and all in one."""
+    (images,), _ = draw_by(send, asked, asked.solvers[:1])
+    save_singles(folder / "singles", images, [asked.title] * len(images), settings(asked))
+    save_picture(folder / "pixnerd.png", picture_grid(images), settings(asked))
+    files = [(str(file), f"{asked.title} {i}") for i, file in enumerate(sorted((folder / "singles").iterdir()))]
+    sheet = {"value": str(folder / "pixnerd.png"), "interactive": True}
+    send({"gallery": files, "sheet": sheet, "command": asked.command})
+
+
+def watch_job(send, folder, asked):
+    """A film of every step, by one solver or by several from the same noise."""
+    latest = {}  # pair of pictures of each solver
+
+    def report(solver, x_t, x):
+        latest[solver] = torch.stack([to_uint8(x_t), to_uint8(x)]).cpu()  # (2, N, 3, H, W)
+        return {"frame": film_frame([*latest.values()], [*latest])}
+
+    _, films = draw_by(send, asked, asked.solvers, True, report)
+    frames = [film_frame(pairs, asked.solvers) for pairs in zip(*films)]
+    save_gif(folder / "film.gif", frames, settings=settings(asked))
+    moment = {"value": len(frames) - 1, "maximum": len(frames) - 1, "interactive": True}
+    send({"film": str(folder / "film.gif"), "moment": moment, "watched": frames, "frame": frames[-1]})
+
+
+def look_job(send, asked, baseline, number):
+    """One picture, then the same one with its fields asked for more pixels, and by a linear decoder if there is one."""
+    number = a_number("picture", number, 0, asked.flags["num"] - 1)
+    model, solver, flags = asked.served.model, asked.solvers[0], asked.flags
+    if model.config.decoder == "linear" or solver == "euler-maruyama":
+        raise UserError("only a neural field can be looked into, and only with a --solver that adds no noise")
+    noise = flags["temperature"] * image_noise(flags["seed"], [number], asked.size).to(asked.y.device)  # (1, 3, H, W)
+    states, pictures = [], []
+
+    def paint(model, noise, keep=False, **how):
+        def told(step, t, x_t, x):
+            if keep:
+                states.append((t, x_t))
+            send({"status": f"{noise.shape[-2]}x{noise.shape[-1]} pixels: step {step}"}, needed=False)
+
+        images = generate(model, asked.y, noise, solver=solver, watch=told, **asked.how | how)  # (1, 3, H, W)
+        pictures.append(images[0].cpu())
+
+    with recorded_tokens(model) as tokens:
+        paint(model, noise, keep=True)
+    for factor in DENSITIES[1:]:
+        with replayed_tokens(model, tokens):
+            paint(model, noise.repeat_interleave(factor, -1).repeat_interleave(factor, -2), grid=asked.grid)
+    if baseline is not None and comparable(baseline.config, model.config) and asked.how["grid"] is None:
+        paint(baseline, noise)
+    how = {"grid": asked.how["grid"]} if asked.how["grid"] else {}
+    looked = Inside(model, asked.y, asked.grid, how, asked.served.precision, states, pictures)
+    step = flags["steps"] // 2
+    send(looked.patch(0, 0, step) | {"looked": looked, "row": 0, "column": 0, "time": step})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="PixNerd as a web page.")
+    add = parser.add_argument
+    add("--ckpt", default="", help="more models: files, xl, xl-512, xxl; several with commas")
+    add("--text-encoder", help="folder of a text model's Qwen3, if it is not to be downloaded")
+    add("--baseline", help="a checkpoint with a linear decoder, drawn beside the patches of a field")
+    add("--limit", type=POSITIVE, default=600.0, help="seconds that a job may take, as estimated (default: 600)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine alone)")
+    add("--port", type=PORT, default=7860)
+    add("--open", action="store_true", help="open the page in the browser")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that temporary files are removed
+    keep_memory()
+    device = pick_device(args.device)
+    shipped = [name for name, (path, _) in SHIPPED_FILES.items() if path.exists()]
+    names = dict.fromkeys([*shipped, *filter(None, args.ckpt.split(","))])
+    models = {name: Served(name, args.text_encoder, device) for name in reversed(names)}  # the user's first
+    baseline = find_model(args.baseline).to(device) if args.baseline else None
+    if baseline is not None and baseline.config.decoder != "linear":
+        raise UserError(f"--baseline {args.baseline} has no linear decoder: train one by train.py --decoder linear")
+
+    def asked(send, values, **what):
+        job = read(models, values, args.limit, **what)
+        send({"status": f"This takes about {job.seconds:.0f} s."})
+        return job
+
+    jobs = {
+        "draw": lambda send, folder, *values: draw_job(send, folder, asked(send, values)),
+        "watch": lambda send, folder, *values: watch_job(send, folder, asked(send, values, film=True)),
+        "look": lambda send, _, *values: look_job(send, asked(send, values[:-1], inside=True), baseline, values[-1]),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"], tempfile.tempdir = f"{folder}/served", folder
+        serve(build(list(models), jobs, lambda name: controls_of(models[name])), args.host, args.port, args.open)
+
+
+if __name__ == "__main__":
+    run(main)

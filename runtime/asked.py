@@ -1,0 +1,142 @@
+"""What the controls of app.py's page ask for, checked, and what they show when a model is chosen."""
+
+import dataclasses
+import shlex
+import time
+from fractions import Fraction
+
+import torch
+
+from runtime.choices import find_size
+from runtime.files import UserError
+from runtime.flops import forward_flops
+from runtime.inside import DENSITIES
+from runtime.machine import freeze, pick_precision
+from runtime.models import find_model, weights_hash
+from runtime.page import LABELS, SLIDERS, Parser, a_number, a_text, one_of
+from runtime.prompts import open_encoder, title_of
+from runtime.sample_options import parse_args, suit
+from runtime.sampling_cost import check_memory, velocity_flops
+from samplers import SOLVERS, generate, image_noise, time_grid
+
+
+class Served:
+    """A model that the page offers, ready to draw. speed: the FLOP/s that were measured with it.
+
+    text_encoder: of --text-encoder. Raises FileNotFoundError and UserError.
+    """
+
+    def __init__(self, name, text_encoder, device):
+        self.name, self.model, self.device = name, find_model(name), device
+        self.text = self.model.class_names is None
+        self.encoder = open_encoder(self.model, text_encoder, None, name, device) if self.text else None
+        self.hash, self.precision = weights_hash(self.model), pick_precision("auto", device)
+        freeze(self.model.to(device), self.precision)
+        self.speed = 0.0
+        self.measure()
+
+    def measure(self, runs=5):
+        """Draws so often in one step; the fastest counts, since the first one warms up and others share the machine."""
+        side, y = self.model.config.resolution, torch.zeros(2, dtype=torch.long, device=self.device)  # (2)
+        if self.text:
+            y = self.encoder.encode(["", ""])  # (2, M, E)
+        noise = image_noise(0, range(2), (side, side)).to(self.device)  # (2, 3, H, W)
+        for _ in range(runs):
+            start = time.perf_counter()
+            generate(self.model, y, noise, time_grid(1), scale=1.0, precision=self.precision).cpu()
+            self.speed = max(self.speed, 2 * forward_flops(self.model.config) / (time.perf_counter() - start))
+
+
+@dataclasses.dataclass
+class Asked:
+    """A job, checked: what `draw` and `generate` take, and what its files say."""
+
+    served: Served
+    title: str  # of its pictures
+    flags: dict  # of sample.py
+    command: str  # of sample.py for the same pictures
+    y: torch.Tensor  # (N) or (N, M, E)
+    size: tuple  # (H, W)
+    grid: tuple  # (rows, columns)
+    how: dict  # of `generate`, but for the solver
+    solvers: list
+    seconds: float
+
+
+def read(models, values, limit, film=False, inside=False):
+    """`Asked` of the controls, values in the order of LABELS. UserError for what is wrong or too large.
+
+    models: {name: Served}; limit: seconds that a job may take; film: whether all steps are kept; inside: whether it is
+    one picture at all DENSITIES.
+    """
+    given = dict(zip(LABELS, values, strict=True))
+    served = models[one_of("ckpt", given["ckpt"], list(models))]
+    config, P = served.model.config, served.model.config.patch_size
+    given |= {name: a_number(name, given[name], *SLIDERS[name][1:]) for name in SLIDERS}
+    title, what, y = _condition(served, given)
+    given |= what | {"upscale": "1", "resolution": f"{given['rows'] * P}x{given['columns'] * P}"}
+    if served.text:
+        given["resolution"] = f"{given['rows'] * given['pixels']}x{given['columns'] * given['pixels']}"
+        if (given["rows"], given["columns"]) != config.token_grid(config.resolution, config.resolution):
+            raise UserError("--rows and --columns of a model of sentences stay as it was trained")
+    else:
+        given["upscale"] = str(Fraction(given["pixels"], P))
+    flags = ("ckpt", *what, "num", "seed", "solver", "order", "steps", "cfg", "shift", "temperature")
+    # "--flag=value" is one word, so that no value can be taken for a flag.
+    words = [f"--{flag}={given[flag]}" for flag in (*flags, "resolution", "upscale")]
+    words += ["--interval", str(given["low"]), str(given["high"])]
+    flags = parse_args(words, Parser)
+    suit(flags, served.text)
+    flags = vars(flags)
+    others = [one_of("others", other, list(SOLVERS)) for other in given["others"] if film]
+    solvers = list(dict.fromkeys([flags["solver"][0], *others]))
+    flags |= {"precision": served.precision, "compile": "off", "solver": solvers}
+
+    size, grid = find_size(config, flags["resolution"], flags["upscale"])
+    if film and (len(solvers) > 3 or flags["num"] > 4):
+        raise UserError("a film has at most 3 solvers and 4 pictures: lower --num, or take --others away")
+    how = dict(times=time_grid(flags["steps"], flags["shift"]), scale=flags["cfg"], interval=flags["interval"])
+    how |= dict(order=flags["order"], grid=grid, precision=served.precision)
+    count, densities = (1, DENSITIES[1:]) if inside else (flags["num"], ())
+    y = y.expand(count, *y.shape[1:])  # (N, ...)
+    grid = grid or config.token_grid(*size)
+    largest = [side * max(densities, default=1) for side in size]
+    check_memory(config, count, largest, grid, served.device, count * len(solvers), (flags["steps"] + 1) * film)
+    velocities = count * flags["steps"] * sum(2 if solver == "heun" else 1 for solver in solvers)
+    flops = velocity_flops(config, size, grid, densities) * velocities * (1 if flags["cfg"] == 1 else 2)
+    if flops > limit * served.speed:
+        served.measure()  # the machine may have been busy before
+    if flops > limit * served.speed:
+        line = f"about {flops / served.speed:,.0f} s, and a job may take {limit:,.0f} s"
+        raise UserError(f"this would take {line}: lower --steps, --num or --upscale")
+    command = shlex.join(["python", "sample.py", *words])
+    return Asked(served, title, flags, command, y, size, grid, how, solvers, flops / served.speed)
+
+
+def _condition(served, given):
+    """What is to be drawn: (title, {flag of sample.py: value}, y (1, ...)). A negative prompt goes into the model."""
+    if served.text:
+        prompt, negative = a_text("prompt", given["prompt"]), a_text("negative", given["negative"], empty=True)
+        served.model.null_features.copy_(served.encoder.encode([negative])[0])  # (M, E)
+        what = {"prompt": prompt} | ({"negative": negative} if negative else {})
+        return title_of(prompt), what, served.encoder.encode([prompt])  # (1, M, E)
+    names = served.model.class_names
+    index = one_of("class", given["class"], range(len(names)))
+    name = names[index] if names.index(names[index]) == index else index  # a name may be that of several
+    return names[index], {"class": name}, torch.tensor([index], device=served.device)  # (1)
+
+
+def controls_of(served):
+    """What the controls show when a model is chosen: {control: properties}."""
+    config, names = served.model.config, served.model.class_names or []
+    defaults = parse_args([f"--ckpt={served.name}", *(["--prompt=x"] if served.text else [])])
+    suit(defaults, served.text)
+    defaults = vars(defaults)
+    P, tokens = config.patch_size, config.resolution // config.patch_size
+    values = {name: defaults[name] for name in ("steps", "cfg", "shift", "temperature", "order")}
+    values |= dict(zip(("low", "high"), defaults["interval"])) | {"rows": tokens, "columns": tokens, "pixels": P}
+    shown = {name: {"value": value} for name, value in values.items()}
+    choices = [(f"{index} {name}", index) for index, name in enumerate(names)]
+    shown |= {"class": {"choices": choices, "value": 0, "visible": not served.text}}
+    shown |= {name: {"visible": served.text} for name in ("prompt", "negative")}
+    return shown | {"solver": {"value": defaults["solver"][0]}}
