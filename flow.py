@@ -35,6 +35,15 @@ def clean_from_velocity(v, x_t, t):
     return x_t + (1 - _per_image(t, x_t)) * v
 
 
+def velocity_from_clean(x, x_t, t):
+    """The velocity towards an image that a network predicts (x-prediction): v = (x - x_t) / max(1 - t, 0.05).
+
+    The loss stays that of velocities. Images fill a thin surface in the space of pixels and noise fills all of it, so a
+    narrow network predicts them more easily (JiT, Li & He, arXiv 2511.13720). 0.05, theirs, bounds errors near t=1.
+    """
+    return (x.float() - x_t) / (1 - _per_image(t, x_t)).clamp(min=0.05)
+
+
 def noise_from_velocity(v, x_t, t):
     """The noise that a velocity comes from: eps = x_t - t v, from Eq. 1 and v = x - eps."""
     return x_t - _per_image(t, x_t) * v
@@ -69,21 +78,28 @@ def sample_time(n, shift=1.0, generator=None):
     return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
 
 
-def flow_matching_loss(v, x, noise, per_image=False):
+def flow_matching_loss(v, x, noise, per_image=False, weigh=None):
     """Mean over all elements of (v - (x - noise))^2, computed in float32. v, x, noise (B, C, H, W) -> scalar.
 
-    per_image=True gives one mean per image (B), for logging the loss by time; their mean is the scalar.
+    per_image=True gives one mean per image (B), for logging the loss by time; their mean is the scalar. weigh: a linear
+    map of the error (B, C, H, W), such as runtime.frequencies.by_frequency, to make some of it count more.
     """
-    error = (v.float() - velocity(x, noise).float()).square().flatten(1).mean(1)  # (B)
+    error = v.float() - velocity(x, noise).float()  # (B, C, H, W)
+    error = weigh(error) if weigh else error
+    error = error.square().flatten(1).mean(1)  # (B)
     return error if per_image else error.mean()
 
 
-def alignment_loss(student, teacher):
+def alignment_loss(student, teacher, spatial=False):
     """REPA: 1 - cosine similarity, averaged over images and tokens. Both (B, L, features) -> scalar in [0, 2].
 
     The tokens of an early block, through a small projector, are pulled towards those of a frozen DINOv2 at the same
-    places. Computed in float32. ValueError if the two have different shapes.
+    places. Computed in float32. ValueError if the two have different shapes. spatial: normalise the teacher's tokens
+    over the places, so that only what differs from place to place is taught (iREPA, Singh et al., arXiv 2512.10794).
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student tokens {tuple(student.shape)} and teacher tokens {tuple(teacher.shape)} differ")
+    if spatial:
+        centred = teacher.float() - teacher.float().mean(1, keepdim=True)  # (B, L, features)
+        teacher = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()  # (B, L, features)
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()

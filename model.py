@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from flow import velocity_from_clean
 from neural_field import ENCODINGS, FIELD_NORMS, NeuralField, RMSNorm
 from runtime.machine import attention
 
@@ -37,6 +38,7 @@ class PixNerdConfig:
     hidden_size: int = setting(1152, "width of the transformer")  # D
     num_heads: int = setting(16, "attention heads")  # Nh
     depth: int = setting(26, "blocks of the transformer")
+    prediction: str = setting("velocity", "what the decoder gives; clean: the image, as in JiT", ("velocity", "clean"))
     decoder: str = setting("field", "linear: one layer per token, the paper's baseline", ("field", "linear"))
     field_depth: int = setting(4, "blocks of the neural field")
     field_width: int = setting(64, "width of a pixel's features in the field")  # Dp
@@ -52,11 +54,9 @@ class PixNerdConfig:
                 raise ValueError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
-        if self.hidden_size % (4 * self.num_heads):
-            # The rotary embedding turns pairs of numbers for two axes.
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {4 * self.num_heads}"
-            )
+        least = 4 * self.num_heads  # the rotary embedding turns pairs of numbers for two axes
+        if self.hidden_size % least:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {least}")
         self.token_grid(self.resolution, self.resolution)
 
     def token_grid(self, height, width):
@@ -285,6 +285,8 @@ class PixNerd(nn.Module):
             v = self.call(self.decoder, rgb, s, height, width)  # (B*L, P2, C)
             v = v.transpose(1, 2).unflatten(0, (B, -1))  # (B, L, C, P2)
         v = unpatchify(v, rows, height, width)  # (B, C, H, W)
+        if self.config.prediction == "clean":
+            v = velocity_from_clean(v, x, t)  # (B, C, H, W)
         return v if features_at is None else (v, features)
 
     def null(self, y):

@@ -30,6 +30,7 @@ from pretrained.text_encoders import fit_encoder, open_text_encoder
 from runtime.checkpoint import build_model, start_from
 from runtime.distributed import Processes, only_adding_up
 from runtime.files import UserError, run
+from runtime.frequencies import LOSSES
 from runtime.gauges import Gauges
 from runtime.loader import BatchNumbers, micro_batch_size, training_batches
 from runtime.log import Log, is_due
@@ -45,13 +46,28 @@ from runtime.some_classes import HeldOut, SomeClasses
 from runtime.stopping import Stopped, Stopping
 
 
+class ConvProjector(nn.Conv2d):
+    """A 3x3 convolution over the grid of tokens, (B, L, D) -> (B, L, width): keeps their neighbourhood (iREPA)."""
+
+    def __init__(self, width, teacher_width, grid):
+        super().__init__(width, teacher_width, kernel_size=3, padding=1)
+        self.grid = grid
+
+    def forward(self, tokens):
+        image = tokens.transpose(1, 2).unflatten(2, self.grid)  # (B, D, rows, columns)
+        return super().forward(image).flatten(2).transpose(1, 2)  # (B, L, teacher's width)
+
+
 class Student(nn.Module):
     """What is trained, as one module: the model and, for alignment, the projector from its tokens to the teacher's."""
 
-    def __init__(self, model, repa_block=8, teacher_width=0):
+    def __init__(self, model, repa_block=8, teacher_width=0, projector="mlp"):
         super().__init__()
         self.model, self.repa_block, self.projector = model, repa_block, None
-        if teacher_width:
+        if projector == "conv" and teacher_width:
+            grid = model.config.token_grid(model.config.resolution, model.config.resolution)
+            self.projector = ConvProjector(model.config.hidden_size, teacher_width, grid)
+        elif teacher_width:
             D = model.config.hidden_size
             layers = [nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, teacher_width)]
             self.projector = nn.Sequential(*layers)
@@ -65,20 +81,20 @@ class Student(nn.Module):
         return v, self.projector(tokens)  # (B, C, H, W), (B, L, teacher's width)
 
 
-def training_loss(student, teacher, batch, drop_label=0.1, repa=0.5, patch_size=16):
+def training_loss(student, teacher, batch, drop_label=0.1, repa=0.5, patch_size=16, weigh=None, spatial=False):
     """From pixels to the loss: (loss (), flow matching loss of each image (B), alignment () or None).
 
     batch: image uint8 (B, 3, H, W), noise (B, 3, H, W), t (B), y (B), u (B) in [0, 1): data.TrainingSamples. teacher: a
     frozen network whose tokens (B, L, width) the student's are to resemble (REPA, weight `repa`), or None; it is told
-    the student's patch_size, to have its tokens at the same places.
+    the student's patch_size, to have its tokens at the same places. weigh, spatial: of the two losses (flow.py).
     """
     x, t = from_uint8(batch["image"]), batch["t"]  # (B, 3, H, W) in [-1, 1], (B)
     x_t = interpolate(x, batch["noise"], t)  # (B, 3, H, W), Eq. 1
     v, tokens = student(x_t, t, batch["y"], batch["u"] < drop_label)  # (B, 3, H, W), (B, L, teacher's width)
-    flow_loss = flow_matching_loss(v, x, batch["noise"], per_image=True)  # (B)
+    flow_loss = flow_matching_loss(v, x, batch["noise"], per_image=True, weigh=weigh)  # (B)
     if teacher is None:
         return flow_loss.mean(), flow_loss, None
-    alignment = alignment_loss(tokens, teacher(batch["image"] / 255, patch_size))  # ()
+    alignment = alignment_loss(tokens, teacher(batch["image"] / 255, patch_size), spatial)  # ()
     return flow_loss.mean() + repa * alignment, flow_loss, alignment
 
 
@@ -198,7 +214,9 @@ def main():
     teacher = None
     if args.repa:
         teacher = (EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
-    student = Student(model, args.repa_block, teacher.width if teacher else 0).to(device)
+    conv = args.repa_projector == "conv"
+    how = (args.drop_label, args.repa, config.patch_size, LOSSES[args.loss], conv)
+    student = Student(model, args.repa_block, teacher.width if teacher else 0, args.repa_projector).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay, args.beta2)
     step = folder.restore(student, ema, optimizers, args.weight_decay)
@@ -233,9 +251,7 @@ def main():
             batch = next(batches)
             with only_adding_up(shared, part < numbers.parts - 1):
                 with autocast(device, precision):
-                    loss, losses, alignment = training_loss(
-                        shared, teacher, batch, args.drop_label, args.repa, config.patch_size
-                    )
+                    loss, losses, alignment = training_loss(shared, teacher, batch, *how)
                 # All micro-batches are of one size, so the mean over the step is the mean of their means.
                 (loss / numbers.parts).backward()
             gauges.add(batch["t"], losses, alignment, 1 / numbers.parts)

@@ -30,7 +30,7 @@ RENAMED = {
 }
 # What the released code does not let one choose, and the parameter shapes of a file do not show.
 FIXED = {
-    PixNerdConfig: {"decoder": "field", "encoding": "dct", "field_norm": "output"},
+    PixNerdConfig: {"prediction": "velocity", "decoder": "field", "encoding": "dct", "field_norm": "output"},
     TextPixNerdConfig: {"num_freqs": 32, "field_ratio": 2},
 }
 

@@ -16,6 +16,7 @@ from data import CROPS
 from model import PRESETS, PixNerdConfig
 from pretrained.emoji_classifier import EmojiTeacher
 from runtime.files import UserError
+from runtime.frequencies import LOSSES
 from runtime.log import require
 from runtime.machine import PEAKS
 from runtime.plan import MFU, Plan
@@ -110,7 +111,9 @@ OPTIONS = [
     Option("shift", POSITIVE, 1.0, "time shift of the training times", same_run=True),
     Option("repa", NOT_NEGATIVE, 0.0, "weight of alignment with a teacher (0: none; the paper: 0.5)", same_run=True),
     Option("repa-block", COUNT, 8, "the block whose output is aligned, counted from 1", same_run=True),
+    Option("repa-projector", ["mlp", "conv"], "mlp", "conv: 3x3 and normalised teacher, as in iREPA", same_run=True),
     Option("dino", str, None, "teacher: DINOv2 weights (default: ViT-B/14, downloaded) or emoji, a small classifier"),
+    Option("loss", list(LOSSES), "plain", "frequency: JPEG's weights of frequencies, as in DeCo", same_run=True),
     Option("init", str, None, "start from the weights of this checkpoint, ours or released (fine-tuning)"),
     Option("seed", SEED, 0, "of every random number of the run", same_run=True),
     Option("precision", ["auto", "bf16", "fp32"], "auto", "auto: bf16 where the machine is fast in it"),
@@ -136,7 +139,7 @@ OPTIONS = [
     Option("bandwidth", POSITIVE, None, "with --dry-run: GB/s from GPU to GPU (default: NVLink's)"),
 ]
 # A flag without effect is a mistake: each of these needs another one.
-NEEDS = {"dino": "repa", "eval_ref": "eval_every", "inception": "eval_ref"}
+NEEDS = {"dino": "repa", "repa_projector": "repa", "eval_ref": "eval_every", "inception": "eval_ref"}
 NEEDS |= dict.fromkeys(("world_size", "gpu", "mfu", "bandwidth"), "dry_run")
 # {name: field} of both models' configurations: the flags that shape a model. The data decide the number of classes.
 SETTINGS = {field.name: field for kind in (TextPixNerdConfig, PixNerdConfig) for field in dataclasses.fields(kind)}
