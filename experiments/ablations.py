@@ -7,9 +7,9 @@
     python -m experiments.ablations --page                      # docs/evidence.md and its plots, from what is stored
 
 A finished run is one line of docs/evidence/runs.jsonl. At the end the page is written anew from all of them
-(experiments/evidence.py), so no number in it is typed by hand. Two runs of one seed see the same pictures, noise, times and dropped
-labels, since these depend on the seed and the number of the sample only (data.py): their difference is of what was
-changed. All runs learn the same training drawings and are judged on the drawings that experiments/held_out.txt lists.
+(experiments/evidence.py), so no number in it is typed by hand. Two runs of one seed see the same pictures, noise, times
+and dropped labels, since these depend on the seed and the number of the sample only (data.py): their difference is of
+what was changed. All runs learn the same drawings and are judged on those that experiments/held_out.txt lists.
 
 Left out: what laptops cannot do (the paper's sizes and FID), and resuming in the middle of a run, which takes minutes.
 """
@@ -281,7 +281,7 @@ def held_out_loss(model, pictures):
 
 
 def border_ratio(images, patch=8):
-    """Mean difference of neighbours across the borders of patches over that within patches. uint8 (N, 3, H, W) -> float.
+    """Mean difference of neighbours across patch borders over that within patches. uint8 (N, 3, H, W) -> float.
 
     1 where borders do not show; real pictures have their own value.
     """
@@ -422,7 +422,7 @@ def draw_row(name, seed, study, model, cache):
 
 
 def paired_bootstrap(seen, base, real, rounds=50):
-    """The difference of two emoji distances, and its standard error over random choices of the same pictures of both."""
+    """The difference of two emoji distances; its standard error is over random choices of the same pictures of both."""
     rng, differences = torch.Generator().manual_seed(0), []
     for _ in range(rounds):
         rows = torch.randint(len(seen), (len(seen),), generator=rng)

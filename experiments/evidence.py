@@ -1,4 +1,4 @@
-"""The page of evidence: paired statistics, tables and plots, from the finished runs that experiments/ablations.py keeps.
+"""The page of evidence: paired statistics, tables and plots, from the runs that experiments/ablations.py keeps.
 
 Everything on the page is a function of the stored lines; nothing here trains or draws. Left out: tests that know more
 than means and standard errors.
@@ -182,12 +182,11 @@ python -m experiments.ablations --all
   above the {3 * config.patch_size**2} numbers of a patch (1024 above 768 in the paper), since a narrower token could
   not carry a patch to a linear decoder. One drawing in ten is held out (`experiments/held_out.txt`; near-duplicates
   are on one side).
-- **Length**: {study.steps} steps of {study.batch_size} pictures with AdamW, learning rate {study.lr:g} falling to 0. That
-  is short: after it samples are blurred, and what the paper's 800,000 steps would show may differ.
+- **Length**: {study.steps} steps of {study.batch_size} pictures, AdamW, learning rate from {study.lr:g} down to 0.
+  That is short: samples are blurred, and what the paper's 800,000 steps would show may differ.
 - **Pairs**: runs of one seed see the same pictures, noise, times and dropped labels. A difference is the mean over the
   seeds of row minus base, ± its standard error. Within two standard errors, or with fewer than {FEWEST} seeds, the
-  verdict is "cannot tell". With three seeds that is a weak test: about one in six such findings of no difference would
-  pass it.
+  verdict is "cannot tell". With three seeds that is a weak test: 18 of 100 differences that are chance would pass it.
 - **Held-out loss**: of the averaged weights, weighted by how often training meets each tenth of t. **Emoji distance**:
   of {study.samples} samples to all drawings ([what it is](measurements.md#the-emoji-distance)); lower is better. The
   small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border ratio**: mean

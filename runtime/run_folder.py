@@ -18,6 +18,10 @@ from runtime.files import UserError, check_writable, whole_file
 from runtime.some_classes import SomeClasses
 
 
+# Choices that runs saved before them did not have: what those runs were.
+ADDED_LATER = {"prediction": "velocity", "loss": "plain", "repa_projector": "mlp"}
+
+
 class RunFolder:
     """The folder `path` (str) of a run of several processes, kept from others while it is in use.
 
@@ -67,7 +71,7 @@ class RunFolder:
         checked_config(state, path)
         if "identity" not in state or "optimizers" not in state:
             raise UserError(f"{path} holds weights only, not a run: give it to --init, with another --out")
-        check_same(state["identity"], identity, path)
+        check_same(ADDED_LATER | state["identity"], identity, path)
         if state["fingerprint"] != self.fingerprint and not accept_changed_data:
             remedy = "restore them, or give --accept-changed-data"
             raise UserError(f"{path}: the pictures are not those of the run so far; {remedy}")

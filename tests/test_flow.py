@@ -106,6 +106,30 @@ def test_flow_matching_loss_is_the_mean_squared_error_to_the_velocity():
     assert flow.flow_matching_loss(flow.velocity(x, noise), x, noise) == 0
 
 
+def test_a_perfect_prediction_of_the_image_is_the_velocity_up_to_the_last_twentieth():
+    x, noise, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0.0, 0.5, 0.9, 0.95])
+    v = flow.velocity_from_clean(x, flow.interpolate(x, noise, t), t)
+    torch.testing.assert_close(v, flow.velocity(x, noise), atol=1e-5, rtol=1e-4)
+    t = torch.tensor([0.96, 0.975, 0.99, 1.0])  # from there on smaller, in proportion, and never infinite
+    v = flow.velocity_from_clean(x, flow.interpolate(x, noise, t), t)
+    shares = ((1 - t) / 0.05).view(4, 1, 1, 1)
+    torch.testing.assert_close(v, shares * flow.velocity(x, noise), atol=1e-4, rtol=1e-3)
+
+
+def test_spatial_alignment_teaches_what_differs_from_place_to_place():
+    """By a loop, and a teacher that is moved and scaled teaches the same."""
+    student, teacher = torch.randn(2, 6, 5), torch.randn(2, 6, 5)
+    normal = torch.empty(2, 6, 5)
+    for b in range(2):
+        for feature in range(5):
+            column = teacher[b, :, feature]
+            normal[b, :, feature] = (column - column.mean()) / column.var(unbiased=False).sqrt()
+    expected = flow.alignment_loss(student, normal)
+    torch.testing.assert_close(flow.alignment_loss(student, teacher, spatial=True), expected, atol=1e-5, rtol=1e-4)
+    moved = 3 * teacher + torch.randn(2, 1, 5)
+    torch.testing.assert_close(flow.alignment_loss(student, moved, spatial=True), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_alignment_loss_is_one_minus_the_mean_cosine():
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     cosines = [torch.dot(a, b) / a.norm() / b.norm() for a, b in zip(student.view(6, 5), teacher.view(6, 5))]

@@ -86,6 +86,22 @@ def test_velocity_and_gradients_are_the_released_implementations(golden_model, n
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max(), ours
 
 
+@pytest.mark.parametrize("decoder", ["field", "linear"])
+def test_a_model_of_clean_images_gives_the_velocity_towards_what_its_decoder_says(decoder):
+    """The same weights read both ways, also at another density. Catches: x where a velocity is promised."""
+    config = dataclasses.replace(TINY, decoder=decoder)
+    plain, clean = randomised(config), randomised(dataclasses.replace(config, prediction="clean"))
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.97]), torch.tensor([0, 2])
+    said = plain(x, t, y)
+    torch.testing.assert_close(clean(x, t, y), (said - x) / torch.tensor([0.8, 0.05]).view(2, 1, 1, 1))
+    v, tokens = clean(x, t, y, features_at=1)
+    assert torch.equal(v, clean(x, t, y)) and torch.equal(tokens, plain(x, t, y, features_at=1)[1])
+    if decoder == "field":
+        x = torch.randn(2, 3, 32, 32)
+        expected = (plain(x, t, y, grid=(4, 4)) - x) / torch.tensor([0.8, 0.05]).view(2, 1, 1, 1)
+        torch.testing.assert_close(clean(x, t, y, grid=(4, 4)), expected)
+
+
 def test_features_are_the_tokens_after_the_named_block():
     model = randomised(TINY)
     inputs = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])

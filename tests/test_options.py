@@ -30,7 +30,8 @@ def test_what_makes_a_run_another_run_is_marked_in_the_table():
     """As the runs so far have it in their checkpoints: what changes the samples, the loss or the optimizer's state."""
     marked = {option.name for option in OPTIONS if option.same_run}
     assert marked == {
-        *("classes", "crop", "augment", "batch-size", "optimizer", "drop-label", "shift", "repa", "repa-block", "seed")
+        *("classes", "crop", "augment", "batch-size", "optimizer", "drop-label", "shift", "repa", "repa-block", "seed"),
+        *("repa-projector", "loss"),
     }
     args = parse_args(["--repa", "0.5", "--dino", "emoji", "--classes", "food, flags"])
     found = identity(args, args.config)

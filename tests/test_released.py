@@ -47,7 +47,9 @@ def test_every_weight_has_a_released_name_of_its_own(name):
     }
 
 
-@pytest.mark.parametrize("choice", [{"decoder": "linear"}, {"encoding": "sincos"}, {"field_norm": "first"}])
+@pytest.mark.parametrize(
+    "choice", [{"decoder": "linear"}, {"encoding": "sincos"}, {"field_norm": "first"}, {"prediction": "clean"}]
+)
 def test_what_the_released_code_does_not_know_is_not_exported(choice):
     """Catches a file under released names that the released code would read as another model."""
     ((name, value),) = choice.items()

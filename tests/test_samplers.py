@@ -8,7 +8,7 @@ import torch
 from helpers import TINY, randomised
 
 from data import random_stream, to_uint8
-from flow import clean_from_velocity, score_from_velocity
+from flow import clean_from_velocity, score_from_velocity, velocity_from_clean
 from runtime.files import UserError
 from samplers import adams, adams_coefficients, euler, euler_maruyama, generate, guide, heun, image_noise, time_grid
 
@@ -305,3 +305,15 @@ def test_generate_keeps_nothing_for_a_backward_pass():
     watch = lambda step, t, x_t, x: seen.append(x.requires_grad)
     generate(model, y, image_noise(0, [0], (16, 16)), time_grid(2), 1.0, watch=watch)
     assert next(model.parameters()).requires_grad and seen == [False, False, False]
+
+
+@pytest.mark.parametrize("solver", [euler, adams])
+def test_perfect_predictions_of_image_and_velocity_draw_the_same_picture(solver):
+    """A perfect model of one image knows it at every time; both ways to say so end at that image."""
+    generator = torch.Generator().manual_seed(0)
+    image, noise = torch.rand(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)
+    times = time_grid(20)
+    by_image = solver(lambda x, t: velocity_from_clean(image, x, t), noise, times)
+    by_velocity = solver(lambda x, t: image - noise, noise, times)
+    torch.testing.assert_close(by_image, by_velocity, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_image, image, atol=1e-5, rtol=1e-4)

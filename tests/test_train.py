@@ -1,6 +1,7 @@
 """The training loop as a user starts it: it learns, it resumes exactly, and mistakes get one line."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_same_run, command, last, refuses, start, train
+from helpers import TINY, assert_same_run, command, last, randomised, refuses, run_script, start, train
 from PIL import Image
 
 import sample
@@ -23,7 +24,8 @@ from model import PixNerd
 from pretrained.inception import InceptionV3
 from runtime import previews
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from train import Student, learning_rate, training_loss, update
+from runtime.frequencies import by_frequency
+from train import ConvProjector, Student, learning_rate, training_loss, update
 
 
 # ---- one step, by hand -----------------------------------------------------------------------------------------------
@@ -68,6 +70,63 @@ def test_training_loss_is_flow_matching_of_the_mixed_image_plus_weighted_alignme
     expected = alignment_loss(student.projector(tokens), teacher(batch["image"] / 255, 8))
     torch.testing.assert_close(alignment, expected)
     torch.testing.assert_close(loss, flow_matching_loss(v, x, noise) + 0.5 * expected)
+
+
+def test_the_convolutional_projector_sees_the_neighbours_of_a_token_in_the_image():
+    """By a naive loop. Catches tokens laid out column by column, and a kernel that is mirrored."""
+    torch.manual_seed(0)
+    projector = ConvProjector(6, 5, (2, 3))
+    tokens = torch.randn(2, 6, 6)
+    kernel, found = projector.weight, projector(tokens)  # (5, 6, 3, 3), (2, 6, 5)
+    for row, column in itertools.product(range(2), range(3)):
+        expected = projector.bias.expand(2, 5)
+        for down, across in itertools.product((-1, 0, 1), (-1, 0, 1)):
+            if 0 <= row + down < 2 and 0 <= column + across < 3:
+                neighbour = tokens[:, (row + down) * 3 + column + across]
+                expected = expected + neighbour @ kernel[:, :, down + 1, across + 1].T
+        torch.testing.assert_close(found[:, row * 3 + column], expected)
+
+
+def test_the_training_loss_of_irepa_and_of_frequencies_is_made_of_the_two_losses():
+    """Written out. Catches a switch that does not arrive."""
+    batch, teacher = a_batch(), Teacher()
+    torch.manual_seed(0)
+    student = Student(randomised(NANO), repa_block=1, teacher_width=5, projector="conv")
+    x, noise, t = from_uint8(batch["image"]), batch["noise"], batch["t"]
+    loss, per_image, alignment = training_loss(student, teacher, batch, 0.0, 0.5, 8, by_frequency, True)
+    v, tokens = student.model(interpolate(x, noise, t), t, batch["y"], features_at=1)
+    flow_loss = flow_matching_loss(v, x, noise, weigh=by_frequency)
+    expected = alignment_loss(student.projector(tokens), teacher(batch["image"] / 255, 8), spatial=True)
+    torch.testing.assert_close(loss, flow_loss + 0.5 * expected)
+    assert abs(flow_loss - flow_matching_loss(v, x, noise)) > 1e-3
+    assert abs(expected - alignment_loss(student.projector(tokens), teacher(batch["image"] / 255, 8))) > 1e-3
+
+
+def test_a_run_from_before_a_choice_existed_is_no_run_of_another_choice(tmp_path):
+    """Catches a run that resumes under another loss, since its checkpoint does not name the loss."""
+    out = tmp_path / "run"
+    assert train(out, "--steps", 1)[0] == 0
+    state = last(out)
+    for name in ("loss", "repa_projector", "prediction"):
+        del state["identity"][name]
+    del state["config"]["prediction"]
+    for path in (out / "step-00000001.pt", out / "last.pt"):
+        save_checkpoint(path, state)
+    assert "loss='plain'" in refuses(out, "--steps", 2, "--loss", "frequency")
+    assert "prediction='velocity'" in refuses(out, "--steps", 2, "--prediction", "clean")
+    assert train(out, "--steps", 2)[0] == 0
+
+
+def test_a_model_of_clean_images_trains_previews_resumes_and_samples(tmp_path):
+    """Through the scripts: its configuration is in the file, and sample.py needs no flag."""
+    out = tmp_path / "run"
+    flags = ("--prediction", "clean", "--loss", "frequency", "--preview-every", 2)
+    assert train(out, "--steps", 1, *flags)[0] == 0
+    assert train(out, "--steps", 2, *flags)[0] == 0
+    assert (out / "samples.png").exists() and last(out)["config"]["prediction"] == "clean"
+    assert "prediction='clean'" in refuses(out, "--steps", 3, "--loss", "frequency")
+    status, _, stderr = run_script("sample.py", "--ckpt", out / "last.pt", "--class", 0, "--out", tmp_path / "x.png")
+    assert status == 0, stderr
 
 
 def test_labels_are_dropped_where_the_sample_s_number_says_so():
@@ -353,6 +412,7 @@ def test_init_is_for_the_start_only_and_refuses_another_function(tmp_path):
     os.rename(source / "last.pt", start_file)
     assert "field_norm='none'" in refuses(out, "--steps", 1, "--init", start_file)  # the shapes are the same
     flags = ("--field-norm", "none", "--init", start_file)
+    assert "prediction='velocity'" in refuses(out, "--steps", 1, "--prediction", "clean", *flags)
     assert "starting from" in train(out, "--steps", 1, *flags)[1]
     start_file.unlink()
     status, stdout, stderr = train(out, "--steps", 2, *flags)
