@@ -104,8 +104,8 @@ def look_job(send, asked, baseline, number):
         paint(baseline, noise)
     how = {"grid": asked.how["grid"]} if asked.how["grid"] else {}
     looked = Inside(model, asked.y, asked.grid, how, asked.served.precision, states, pictures)
-    step = flags["steps"] // 2
-    send(looked.patch(0, 0, step) | {"looked": looked, "row": 0, "column": 0, "time": step})
+    step, row, column = flags["steps"] // 2, asked.grid[0] // 2, asked.grid[1] // 2
+    send(looked.patch(row, column, step) | {"looked": looked, "row": row, "column": column, "time": step})
 
 
 def main():

@@ -86,7 +86,7 @@ def read(models, values, limit, film=False, inside=False):
     words = [f"--{flag}={given[flag]}" for flag in (*flags, "resolution", "upscale")]
     words += ["--interval", str(given["low"]), str(given["high"])]
     flags = parse_args(words, Parser)
-    suit(flags, served.text)
+    suit(flags, config)
     flags = vars(flags)
     others = [one_of("others", other, list(SOLVERS)) for other in given["others"] if film]
     solvers = list(dict.fromkeys([flags["solver"][0], *others]))
@@ -130,7 +130,7 @@ def controls_of(served):
     """What the controls show when a model is chosen: {control: properties}."""
     config, names = served.model.config, served.model.class_names or []
     defaults = parse_args([f"--ckpt={served.name}", *(["--prompt=x"] if served.text else [])])
-    suit(defaults, served.text)
+    suit(defaults, config)
     defaults = vars(defaults)
     P, tokens = config.patch_size, config.resolution // config.patch_size
     values = {name: defaults[name] for name in ("steps", "cfg", "shift", "temperature", "order")}

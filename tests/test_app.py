@@ -18,6 +18,7 @@ from runtime.asked import Served, controls_of, read
 from runtime.checkpoint import FORMAT, load_model, save_checkpoint
 from runtime.files import UserError
 from runtime.inside import comparable, field_of_patch
+from runtime.sample_options import SMALL_TEXT_DEFAULTS
 from runtime.jobs import Stopped, listen
 
 CPU = torch.device("cpu")
@@ -136,10 +137,16 @@ def test_a_prompt_that_cannot_be_drawn_gets_a_sentence(sentences, changes, label
     assert f"“{label}”" in page.in_words_of_the_page(error.value)
 
 
-def test_a_text_model_shows_prompts_and_the_defaults_of_the_released_demo(sentences, models):
+def test_a_text_model_shows_prompts_and_the_defaults_of_sample_py(sentences, models):
     (text,), (classes,) = map(controls_of, sentences.values()), map(controls_of, models.values())
-    shown = {name: text[name]["value"] for name in ("solver", "steps", "cfg", "low", "high", "shift", "order")}
-    assert shown == dict(solver="adams", steps=25, cfg=4.0, low=0.0, high=1.0, shift=3.0, order=2)
+    shown = {name: text[name]["value"] for name in ("solver", "steps", "cfg", "low", "high", "shift")}
+    assert shown != {name: classes[name]["value"] for name in shown}
+    low, high = SMALL_TEXT_DEFAULTS["interval"]
+    assert shown == {"low": low, "high": high} | {
+        name: value[0] if name == "solver" else value
+        for name, value in SMALL_TEXT_DEFAULTS.items()
+        if name != "interval"
+    }
     for controls, prompts in ((text, True), (classes, False)):
         visible = {name: controls[name]["visible"] for name in ("class", "prompt", "negative")}
         assert visible == {"class": not prompts, "prompt": prompts, "negative": prompts}
