@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from flow import sample_time
-from runtime.files import UserError, cut_long_sides, index_captions, index_pictures, read_image, run
+from runtime.files import UserError, cut_long_sides, index_captions, index_pictures, read_image, released_crop, run
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
@@ -63,8 +63,9 @@ def to_uint8(x):
     return ((x.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def _short_side(image, size):
+def _scaled(image, size):
     """The ADM resize: halve with BOX while possible, then BICUBIC so that the short side is `size` pixels."""
+    image = cut_long_sides(image)
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.BOX)
     scale = size / min(image.size)
@@ -76,22 +77,14 @@ def center_crop(pil_image, size):
 
     ADM's preparation, bit for bit, up to a shape of 32 to 1; of a longer picture only the middle is looked at.
     """
-    image = _short_side(cut_long_sides(pil_image), size)
+    image = _scaled(pil_image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def released_crop(pil_image, size):
-    """`--crop released`: scaled by one bilinear filter, as the released text-to-image model's pictures were."""
-    (w, h), short = pil_image.size, min(pil_image.size)
-    w, h = int(size * w / short), int(size * h / short)
-    left, top = round((w - size) / 2), round((h - size) / 2)  # half to even
-    return pil_image.resize((w, h), Image.BILINEAR).crop((left, top, left + size, top + size))
-
-
 def random_crop(pil_image, size, rng):
     """`--augment`: the same scaling, then a random size x size window, mirrored half the time."""
-    image = _short_side(cut_long_sides(pil_image), size)
+    image = _scaled(pil_image, size)
     left = int(torch.randint(image.width - size + 1, (), generator=rng))
     top = int(torch.randint(image.height - size + 1, (), generator=rng))
     image = image.crop((left, top, left + size, top + size))
@@ -155,18 +148,24 @@ class Emoji(Pictures):
 
 
 class ImageFolder(Pictures):
-    """Pictures of a folder or tar, by class (runtime.files.index_pictures) or with captions (index_captions)."""
+    """Pictures of a folder or tar, by class (index_pictures) or with captions; .kept: {i: scaled(i)}, read before."""
 
     in_memory, classifier = False, None
 
-    def __init__(self, index, resolution, augment=False, crop=center_crop):
-        self.index, self.resolution, self.augment, self.crop = index, resolution, augment, crop
+    def __init__(self, index, resolution, augment=False, crop=center_crop, exif="ignore"):
+        self.index, self.resolution, self.augment, self.crop, self.exif = index, resolution, augment, crop, exif
         self.classes, self.labels, self.remark = index.classes, index.labels, index.remark
-        self.fingerprint = index.fingerprint
+        self.fingerprint, self.kept = index.fingerprint, {}
+
+    def scaled(self, i):
+        """Picture i in as many pixels as its crops need, uint8 (h, w, 3): every crop of that is the picture's own."""
+        image = read_image(self.index.where(i), self.index.read(i), self.exif)
+        image = _scaled(image, self.resolution) if self.augment else self.crop(image, self.resolution)
+        return np.array(image)  # (h, w, 3)
 
     def picture(self, i, rng=None):
         """Picture i, cropped: to its middle or, with `augment` and a generator, at random."""
-        image = read_image(self.index.where(i), self.index.read(i))
+        image = Image.fromarray(self.kept[i] if i in self.kept else self.scaled(i))
         if self.augment and rng is not None:
             image = random_crop(image, self.resolution, rng)
         else:
@@ -183,15 +182,15 @@ class ImageFolder(Pictures):
 CROPS = {"adm": center_crop, "released": released_crop}
 
 
-def open_dataset(spec, resolution, augment=False, cache=None, write=True, captions=False, skip=False, crop="adm"):
+def open_dataset(spec, resolution, augment=False, captions=False, crop="adm", exif="ignore", skip=False, **cache):
     """The data set that `--data` names: "emoji", a folder or a tar, of class folders or with `captions`. UserError.
 
-    cache, write: of index_pictures. skip: leave out pictures without a caption. crop: a name of CROPS.
+    crop: a name of CROPS. exif: of read_image. skip: leave out pictures without a caption. cache: of index_pictures.
     """
     if str(spec) == "emoji":
         return Emoji(resolution, augment, captions)
-    index = index_captions(spec, skip) if captions else index_pictures(spec, cache, write)
-    return ImageFolder(index, resolution, augment, CROPS[crop])
+    index = index_captions(spec, skip) if captions else index_pictures(spec, **cache)
+    return ImageFolder(index, resolution, augment, CROPS[crop], exif)
 
 
 # ---- numbered samples ------------------------------------------------------------------------------------------------

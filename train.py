@@ -28,6 +28,7 @@ from pretrained.dinov2 import DINOv2, load_dinov2
 from pretrained.emoji_classifier import EmojiTeacher
 from pretrained.text_encoders import fit_encoder, open_text_encoder
 from runtime.checkpoint import build_model, start_from
+from runtime.crops import keep_in_memory
 from runtime.distributed import Processes, only_adding_up
 from runtime.files import UserError, run
 from runtime.frequencies import LOSSES
@@ -148,6 +149,8 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
     seen = processes.of_all(dataset.fingerprint)
     if other := next((rank for rank, pictures in enumerate(seen) if pictures != seen[0]), None):
         raise UserError(f"rank {other} finds other pictures in {spec} than rank 0: make them the same")
+    if not planned:
+        keep_in_memory(dataset, config.resolution, processes.say)
     if dataset.classes is None:
         return dataset, config
     if num_classes not in (None, len(dataset.classes)):
@@ -155,7 +158,7 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
     return dataset, dataclasses.replace(config, num_classes=len(dataset.classes))
 
 
-def open_judge(dataset, encode, reference, weights, num, config, seed, device, precision, processes):
+def open_judge(dataset, encode, reference, exif, weights, num, config, seed, device, precision, processes):
     """--eval-every: a function from the EMA model and a Stopping to {name: score}, or Stopped.
 
     Raises UserError now for what would fail then.
@@ -164,7 +167,11 @@ def open_judge(dataset, encode, reference, weights, num, config, seed, device, p
     """
     if reference is None and dataset.classifier is None:
         raise UserError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
-    real = open_pictures(reference, config.resolution) if reference else pictures_of(dataset, "the training data")
+    real = (
+        open_pictures(reference, config.resolution, exif=exif)
+        if reference
+        else pictures_of(dataset, "the training data")
+    )
     if tuple(real.size) != (config.resolution, config.resolution):
         size = f"{real.size[0]}x{real.size[1]}, not of --resolution {config.resolution}"
         raise UserError(f"--eval-ref {reference} has pictures of {size}: blur would count as a difference")
@@ -200,7 +207,7 @@ def main():
         return processes.say(plan.describe(len(dataset), steps, args.size, args.keep))
     encoder, config = open_text_encoder(config, args.cache_text, device)
     encode = encoder and encoder.encode
-    judging = (args.eval_ref, args.inception, args.eval_num, config, args.seed, device, precision, processes)
+    judging = (args.eval_ref, args.exif, args.inception, args.eval_num, config, args.seed, device, precision, processes)
     judge = args.eval_every and open_judge(dataset, encode, *judging)
     folder = RunFolder(args.out, processes, args.keep)
     dataset = folder.find(identity(args, config), dataset, args.accept_changed_data, mmap=device.type != "cpu")

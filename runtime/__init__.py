@@ -4,7 +4,7 @@ for all     files (whole files, pictures, weights, UserError), machine (device, 
 training    options (the flags), loader, distributed, stopping, gauges, frequencies (a weighted loss),
             optimizers, recompute, plan (what a run costs)
 its folder  run_folder (what is resumed, what is pruned), log, previews
-data        some_classes (--classes), imagenette (a download)
+data        some_classes (--classes), crops (pictures kept in memory), imagenette (a download)
 sampling    choices (names -> numbers), pictures (grids, films), sampling_cost, shards (50,000 samples, resumable)
 the page    asked (its controls, checked), jobs (one at a time), inside (what a token wrote), page (the layout)
 evaluation  picture_sets (what is compared), feature_networks, eval_report

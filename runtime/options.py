@@ -30,7 +30,7 @@ EMOJI = dict(data="emoji", steps=1450, batch_size=64, optimizer="muon", lr=1e-2,
 EMOJI |= dict(save_every=500, preview_every=500)
 TEXT = dict(data="captions", clip=1.0, beta2=0.95, repa=0.5, repa_block=6, save_every=2_000)
 RECIPES = {
-    "imagenet": {},
+    "imagenet": dict(exif="ignore"),  # ADM's preparation
     "emoji": EMOJI,
     "emoji-text": EMOJI | dict(steps=3260, batch_size=96, ema=0.995),
     "text-256": TEXT | dict(steps=200_000, batch_size=1536, lr=2e-4, shift=2.0),
@@ -93,6 +93,7 @@ OPTIONS = [
     Option("cache-text", str, None, "folder for the features of each caption, so that each is encoded once"),
     Option("crop", list(CROPS), "adm", "how a picture is scaled; released: of the text-to-image model", same_run=True),
     Option("augment", bool, False, "random crop and flip in place of the centre crop", same_run=True),
+    Option("exif", ["respect", "ignore"], "respect", "whether a photograph's orientation turns it", same_run=True),
     Option("accept-changed-data", bool, False, "resume although pictures were added, removed or renamed"),
     Option("workers", FROM_0, None, "loader processes per process (default: 0 for emoji, else up to 8)"),
     Option("batch-size", COUNT, 256, "images per step over all processes", same_run=True),
@@ -249,7 +250,7 @@ def class_names(text):
 def data_settings(args):
     """What data.open_dataset needs of the flags, by name."""
     captions = hasattr(args.config, "text_encoder")
-    return dict(augment=args.augment, captions=captions, skip=args.skip_uncaptioned, crop=args.crop)
+    return dict(augment=args.augment, captions=captions, skip=args.skip_uncaptioned, crop=args.crop, exif=args.exif)
 
 
 def check_run(args, dataset, config):

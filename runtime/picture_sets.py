@@ -38,11 +38,11 @@ class Pictures:
     sorted_labels: bool = False  # the npz says that its pictures are sorted by class
 
 
-def open_pictures(spec, resolution=None, workers=4):
+def open_pictures(spec, resolution=None, workers=4, exif="ignore"):
     """spec: an npz, a folder (searched recursively), or "emoji" -> Pictures, after all checks that need no pixels.
 
     resolution: to which the pictures of a folder are cropped; of the emoji, 32 or 64 (default). workers: threads that
-    decode. Raises UserError, OSError.
+    decode. exif: "respect" turns the pictures of a folder upright. Raises UserError, OSError.
     """
     if str(spec) == "emoji":
         return pictures_of(open_dataset("emoji", resolution or 64), spec, workers)
@@ -54,7 +54,7 @@ def open_pictures(spec, resolution=None, workers=4):
         raise UserError(f"{path} holds no JPEG, PNG or WEBP images")
 
     def load(file):
-        picture = read_image(file)
+        picture = read_image(file, exif=exif)
         picture = center_crop(picture, resolution) if resolution else picture
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W)
 

@@ -8,7 +8,20 @@ from data import Pictures
 from runtime.files import UserError
 
 
-class SomeClasses(Pictures):
+class Part(Pictures):
+    """Some pictures of another data set: .kept[i] is the number there of picture i here."""
+
+    @property
+    def in_memory(self):
+        """As of the whole."""
+        return self.dataset.in_memory
+
+    def picture(self, i, rng=None):
+        """The picture of the whole data set that is number i here."""
+        return self.dataset.picture(int(self.kept[i]), rng)
+
+
+class SomeClasses(Part):
     """Some classes of a data set, which become classes 0, 1, ... in the order of `names`.
 
     "NAME:N" takes each picture of NAME N times per epoch (1 to 1,000). .remark: how many pictures of what that makes.
@@ -17,7 +30,7 @@ class SomeClasses(Pictures):
 
     def __init__(self, dataset, names):
         members = dataset.members()
-        self.dataset, self.in_memory, self.classifier = dataset, dataset.in_memory, dataset.classifier
+        self.dataset, self.classifier = dataset, dataset.classifier
         self.classes, self.labels, counts = [], [], []
         self.kept = np.array([], int)  # an array, which loader workers share
         for text in names:
@@ -35,18 +48,15 @@ class SomeClasses(Pictures):
             self.classes.append(name)
             counts.append(f"{name} {len(members[name])}" + (f" x {times}" if times != "1" else ""))
         self.remark = f"--classes takes {len(np.unique(self.kept))} pictures: {', '.join(counts)}"
+        self.remark += f"; of the data: {dataset.remark}" if dataset.remark else ""
         self.fingerprint = f"{dataset.fingerprint}, of it in this order {', '.join(names)}"
-
-    def picture(self, i, rng=None):
-        """The picture of the whole data set that is number i here."""
-        return self.dataset.picture(int(self.kept[i]), rng)
 
     def members(self):
         """Of the chosen classes."""
         return {name: np.flatnonzero(np.equal(self.labels, c)) for c, name in enumerate(self.classes)}
 
 
-class HeldOut(Pictures):
+class HeldOut(Part):
     """A captioned data set without the pictures whose captions `path` lists, one a line. Raises UserError."""
 
     classes = None
@@ -61,10 +71,6 @@ class HeldOut(Pictures):
             raise UserError(f"--hold-out {path}: no picture has the caption {sorted(unknown)[0]!r}")
         self.kept = [i for i, label in enumerate(dataset.labels) if label.strip() not in unwanted]
         self.dataset, self.labels = dataset, [dataset.labels[i] for i in self.kept]
-        self.in_memory, self.classifier = dataset.in_memory, dataset.classifier
+        self.classifier = dataset.classifier
         self.remark = f"--hold-out leaves {len(self)} of {len(dataset)} pictures"
         self.fingerprint = f"{dataset.fingerprint}, without {sorted(unwanted)}"
-
-    def picture(self, i, rng=None):
-        """The picture of the whole data set that is number i here."""
-        return self.dataset.picture(self.kept[i], rng)

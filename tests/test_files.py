@@ -85,6 +85,21 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path):
             read_image(tmp_path / "bomb.png")
 
 
+def test_exif_turns_a_picture_where_that_is_asked_for(tmp_path):
+    """All eight orientations, against what the eye sees. Catches a turn the wrong way round."""
+    upright = noise_picture(8, 6)
+    stored = {1: [], 2: ["FLIP_LEFT_RIGHT"], 3: ["ROTATE_180"], 4: ["FLIP_TOP_BOTTOM"], 6: ["ROTATE_90"]}
+    stored |= {8: ["ROTATE_270"], 5: ["FLIP_LEFT_RIGHT", "ROTATE_90"], 7: ["FLIP_LEFT_RIGHT", "ROTATE_270"]}
+    for orientation, turns in stored.items():
+        picture, exif = upright, Image.Exif()
+        for turn in turns:
+            picture = picture.transpose(Image.Transpose[turn])
+        exif[0x0112] = orientation
+        picture.save(tmp_path / "turned.png", exif=exif)
+        assert read_image(tmp_path / "turned.png", exif="respect").tobytes() == upright.tobytes(), orientation
+        assert read_image(tmp_path / "turned.png").tobytes() == picture.tobytes()
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_exif_is_ignored_broken_or_not(tmp_path):
     """ADM's preparation ignores the orientation. Catches pictures that are turned here and not in the reference."""

@@ -30,8 +30,8 @@ def test_what_makes_a_run_another_run_is_marked_in_the_table():
     """As the runs so far have it in their checkpoints: what changes the samples, the loss or the optimizer's state."""
     marked = {option.name for option in OPTIONS if option.same_run}
     assert marked == {
-        *("classes", "crop", "augment", "batch-size", "optimizer", "drop-label", "shift", "repa", "repa-block", "seed"),
-        *("repa-projector", "loss"),
+        *("classes", "crop", "augment", "exif", "batch-size", "optimizer", "drop-label", "shift", "repa", "repa-block"),
+        *("seed", "repa-projector", "loss"),
     }
     args = parse_args(["--repa", "0.5", "--dino", "emoji", "--classes", "food, flags"])
     found = identity(args, args.config)
@@ -43,6 +43,7 @@ def test_flags_that_are_left_out_take_the_recipe_of_the_size(tmp_path, monkeypat
     nano, xl = parse_args([]), parse_args(["--size", "XL"])
     assert (nano.optimizer, nano.lr, nano.steps, nano.ema, nano.data) == ("muon", 1e-2, 1450, 0.99, "emoji")
     assert (xl.optimizer, xl.lr, xl.steps, xl.ema, xl.batch_size) == ("adamw", 1e-4, 800_000, 0.9999, 256)
+    assert (nano.exif, xl.exif) == ("respect", "ignore")  # photographs are turned upright, but not in ADM's preparation
     assert parse_args(["--log-every", "0"]).log_every == 0  # zero is a value, not a flag left out
 
 

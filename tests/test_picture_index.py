@@ -154,7 +154,7 @@ def test_what_is_no_tar_is_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, "is not an uncompressed tar file")
     refused(write_tar(tmp_path / "nothing.tar", {}), "holds no JPEG")
-    refused(write_tar(tmp_path / "loose.tar", {"0.png": b""}), "0.png lies beside folders of pictures, or in none")
+    refused(write_tar(tmp_path / "loose.tar", {"0.png": b"", "a/1.png": b""}), "0.png lies beside folders of pictures")
     refused(write_tar(tmp_path / "beside.tar", PICTURES, members=[member("x.png")]), "x.png lies beside")
     refused(write_tar(tmp_path / "twice.tar", {"a/0.png": b"", "./a/0.png": b""}), "a/0.png twice")
     refused(write_tar(tmp_path / "hole.tar", members=[member("bird", tarfile.DIRTYPE)]), "bird holds no JPEG")
@@ -209,6 +209,48 @@ def test_a_tar_that_changes_while_it_is_in_use_is_an_error(tmp_path):
 @pytest.mark.parametrize("make", [write_folder, write_tar])
 def test_train_and_val_are_not_two_classes(tmp_path, make):
     refused(make(tmp_path / "a.tar", {"train/cat/0.png": b"", "val/cat/1.png": b""}), "give its train folder")
+
+
+# ---- folders as people have them -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [write_folder, write_tar])
+def test_a_folder_of_pictures_alone_is_one_class_and_says_so(tmp_path, make):
+    """Catches pictures that cannot be found because their class is no folder, also by way of the kept index."""
+    source = aged(make(tmp_path / "photos", {"b.png": PICTURES["dog/deep/3.png"], "a.JPG": PICTURES["cat/1.JPG"]}))
+    plain, _, kept = (open_dataset(source, 16, cache=cache) for cache in (None, tmp_path / "run", tmp_path / "run"))
+    for dataset in (plain, kept):
+        assert dataset.classes == ["pictures"] and dataset.labels == [0, 0]
+        assert dataset.index.where(1) == f"{source}{'/' if make is write_folder else ': '}b.png"
+        assert dataset[1][0].shape == (3, 16, 16)
+        assert dataset.remark == f"2 pictures, one class ({source} has no class folders)"
+
+
+def test_the_fingerprint_of_a_flat_folder_is_that_of_its_tar_and_outlives_a_new_name(tmp_path):
+    flat = {"b.png": PICTURES["dog/deep/3.png"], "a.JPG": PICTURES["cat/1.JPG"]}
+    folders = [open_dataset(write_folder(tmp_path / name, flat), 16).fingerprint for name in ("photos", "holidays")]
+    assert folders == [open_dataset(write_tar(tmp_path / "photos.tar", flat), 16).fingerprint] * 2
+
+
+@pytest.mark.parametrize("make", [write_folder, write_tar])
+def test_other_files_are_counted_and_named_by_their_ending(tmp_path, make):
+    """Catches photographs of a phone that are left out in silence; hidden files are nobody's pictures."""
+    others = {"cat/7.HEIC": b"", "cat/8.heic": b"", "dog/deep/film.mov": b"", "notes": b"", "cat/.DS_Store": b""}
+    source = aged(make(tmp_path / "photos", PICTURES | others))
+    for cache in (None, tmp_path / "run", tmp_path / "run"):
+        dataset = open_dataset(source, 16, cache=cache)
+        assert dataset.remark == "7 pictures, 4 skipped: .heic 2, .mov 1, no ending 1"
+    assert open_dataset(make(tmp_path / "plain", PICTURES), 16).remark is None
+
+
+def test_pictures_beside_class_folders_are_said_to_be_left_out(tmp_path):
+    dataset = open_dataset(write_folder(tmp_path / "a", PICTURES | {"loose.png": PICTURES["cat/0.png"]}), 16)
+    assert len(dataset) == 7 and dataset.remark == "7 pictures, 1 skipped: beside the class folders 1"
+
+
+def test_a_flat_folder_beside_a_folder_of_films_is_still_one_class(tmp_path):
+    dataset = open_dataset(write_folder(tmp_path / "a", {"0.png": PICTURES["cat/0.png"], "films/x.mov": b""}), 16)
+    assert dataset.classes == ["pictures"] and dataset.remark.endswith("1 skipped: .mov 1")
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

@@ -6,18 +6,31 @@ import struct
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from runtime.files.errors import UserError
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image makes errors of them
 
 
-def read_image(path, content=None):
+# EXIF's orientation -> what turns the stored pixels upright; 1 means that they are.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path, content=None, exif="ignore"):
     """A JPEG, PNG or WEBP file as an RGB picture; gray and palettes are converted, transparency is laid over white.
 
     content: the bytes of the file, if they are not to be read from `path`. Sixteen-bit gray is scaled, where Pillow
-    would clip it. EXIF orientation is ignored, as ADM does. UserError, naming the path, for what is not whole.
+    would clip it. exif: "respect" turns the picture as its EXIF orientation says, "ignore" leaves it as it is stored,
+    as ADM does; an orientation that cannot be read counts as none. UserError, naming the path, for what is not whole.
     """
     try:
         content = pathlib.Path(path).read_bytes() if content is None else content
@@ -28,6 +41,8 @@ def read_image(path, content=None):
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         image.load()
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation)) if exif == "respect" else None
+        image = image if turn is None else image.transpose(turn)
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
             gray = np.asarray(image).astype(np.uint32)
             clear = gray == image.info.get("transparency", -1)  # the one gray that a PNG may declare transparent
@@ -51,3 +66,11 @@ def cut_long_sides(image):
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def released_crop(pil_image, size):
+    """`--crop released`: scaled by one bilinear filter, as the released text-to-image model's pictures were."""
+    (w, h), short = pil_image.size, min(pil_image.size)
+    w, h = int(size * w / short), int(size * h / short)
+    left, top = round((w - size) / 2), round((h - size) / 2)  # half to even
+    return pil_image.resize((w, h), Image.BILINEAR).crop((left, top, left + size, top + size))
