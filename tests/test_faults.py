@@ -1,6 +1,6 @@
 """Every write of a run and every read of its data fails once; a server lies; random files and flags.
 
-    FAULTS=all python -m pytest tests/test_faults.py        # each call in turn; by default every 7th of them
+    FAULTS=all python -m pytest tests/test_faults.py        # each call in turn; by default every 60th of them
 
 A fault is an OSError that one call to the file system raises, as a full, broken, over-used or read-only disk would.
 """
@@ -17,7 +17,7 @@ from helpers import assert_same_run, last, make_class_folder, train
 from runtime import previews
 from runtime.files import index_pictures
 
-EVERY = 1 if os.environ.get("FAULTS") == "all" else 7
+EVERY = 1 if os.environ.get("FAULTS") == "all" else 60
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 FLAGS = ("--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--steps", 3, "--save-every", 1, "--preview-every", 2)
 

@@ -31,7 +31,7 @@ class Hang(BaseException):
 
 
 @contextlib.contextmanager
-def bounded(seconds=120, gigabytes=3):
+def bounded(seconds=900, gigabytes=3):
     """The block must end within a time that only a hang exceeds, and the process must not grow beyond a limit."""
 
     def hang(*_):

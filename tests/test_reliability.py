@@ -9,6 +9,7 @@ train.py itself knows nothing of being tested. "Exact" is torch.equal on model, 
 that nobody disturbed. Not here: what needs one process only, which stands beside its module.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -679,3 +680,51 @@ def test_starting_from_another_number_of_classes_says_that_the_embedding_is_new(
             assert value.shape[0] == 10  # nine classes, and "no class"
         else:
             torch.testing.assert_close(value, model.state_dict()[key], atol=1e-6, rtol=0)
+
+
+# ---- all of it, for as long as one likes -----------------------------------------------------------------------------
+
+CLOCK = """
+import random
+jump, plain_time = random.choice((-1, 1)) * random.uniform(1e3, 1e8), time.time
+time.time = lambda: plain_time() + jump
+"""
+
+
+@slow
+def test_after_many_kills_stops_restarts_and_jumps_of_the_clock_the_end_is_exact(tmp_path):
+    """Two ranks, or one that takes their batch in two parts, for SOAK_MINUTES (default: 1), then compared.
+
+    A life ends by SIGKILL or SIGTERM, to everything or to one rank, at any time from its start on; between two lives
+    the times of all files jump too. Catches: whatever the tests above, each with a fault of one kind, do not.
+    """
+    draw, out, lives = random.Random(int(os.environ.get("SEED", "4"))), tmp_path / "run", collections.Counter()
+    script = sabotage(tmp_path, SLOW_STEPS, CLOCK)
+    deadline, reached = time.monotonic() + 60 * float(os.environ.get("SOAK_MINUTES", "1")), 0
+    while time.monotonic() < deadline:
+        ranks, how = draw.choice((1, 2, 2)), draw.choice(("kill all", "kill one", "stop all", "stop one"))
+        flags = ["--steps", 10**5, "--save-every", draw.choice((1, 3)), "--micro-batch", 2]
+        with Job(out, *flags, script=script, ranks=ranks) as job:
+            if draw.random() < 0.8:  # else: somewhere in its start
+                job.wait_for(lambda: " left" in job.text, "first step")
+            time.sleep(draw.uniform(0, 4))
+            victim, number = draw.randrange(ranks), signal.SIGKILL if "kill" in how else signal.SIGTERM
+            with contextlib.suppress(StopIteration, ProcessLookupError):  # it has not begun
+                if how == "kill all":
+                    job.kill()
+                elif "one" in how:
+                    os.kill(job.pid(victim if ranks > 1 else None), number)
+                else:
+                    job.process.send_signal(number)
+            job.finish()
+            assert "saved; the same command" in job.text or "stop" not in how or " left" not in job.text, job.text
+        steps = [int(path.stem[5:]) for path in out.glob("step-*.pt")]
+        assert max(steps, default=0) >= reached
+        reached, lives[how] = max(steps, default=0), lives[how] + 1
+        for path in out.glob("*"):
+            os.utime(path, (draw.uniform(0, 4e9),) * 2)
+    run(out, "--steps", reached + 3)
+    run(tmp_path / "whole" / "run", "--steps", reached + 3)
+    assert_same_run(last(out), last(tmp_path / "whole" / "run"))
+    assert sorted(losses(out)) == list(range(1, reached + 4))
+    print(f"{sum(lives.values())} lives, {dict(lives)}, {reached + 3} steps")
