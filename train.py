@@ -159,9 +159,7 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
 
 
 def open_judge(dataset, encode, reference, exif, weights, num, config, seed, device, precision, processes):
-    """--eval-every: a function from the EMA model and a Stopping to {name: score}, or Stopped.
-
-    Raises UserError now for what would fail then.
+    """--eval-every: (EMA model, Stopping) -> {name: score}, or Stopped. Raises UserError now for what would fail then.
 
     Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
     """
