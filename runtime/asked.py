@@ -137,6 +137,6 @@ def controls_of(served):
     values |= dict(zip(("low", "high"), defaults["interval"])) | {"rows": tokens, "columns": tokens, "pixels": P}
     shown = {name: {"value": value} for name, value in values.items()}
     choices = [(f"{index} {name}", index) for index, name in enumerate(names)]
-    shown |= {"class": {"choices": choices, "value": 0, "visible": not served.text}}
+    shown |= {"class": {"choices": choices, "value": None if served.text else 0, "visible": not served.text}}
     shown |= {name: {"visible": served.text} for name in ("prompt", "negative")}
     return shown | {"solver": {"value": defaults["solver"][0]}}
