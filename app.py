@@ -23,7 +23,7 @@ from runtime.machine import keep_memory, pick_device
 from runtime.models import SHIPPED_FILES, find_model
 from runtime.options import POSITIVE, number
 from runtime.page import a_number, build, serve
-from runtime.pictures import draw_all, film_frame, picture_grid, save_gif, save_picture, save_singles
+from runtime.pictures import draw_all, film_frame, picture_grid, save_film, save_picture, save_singles
 from sample import draw, settings_of
 from samplers import generate, image_noise
 
@@ -72,7 +72,7 @@ def watch_job(send, folder, asked):
 
     _, films = draw_by(send, asked, asked.solvers, True, report)
     frames = [film_frame(pairs, asked.solvers) for pairs in zip(*films)]
-    save_gif(folder / "film.gif", frames, settings=settings(asked))
+    save_film(folder / "film.gif", frames, settings=settings(asked))
     moment = {"value": len(frames) - 1, "maximum": len(frames) - 1, "interactive": True}
     send({"film": str(folder / "film.gif"), "moment": moment, "watched": frames, "frame": frames[-1]})
 

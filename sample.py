@@ -19,7 +19,7 @@ import pathlib
 import torch
 
 from data import random_stream
-from runtime.choices import find_classes, find_size
+from runtime.choices import far_from_training, find_classes, find_size
 from runtime.distributed import Processes
 from runtime.files import UserError, run
 from runtime.machine import freeze, keep_memory, pick_device, pick_precision
@@ -31,7 +31,7 @@ from runtime.sampling_cost import check_memory, pick_compile
 from runtime.shards import Shards, check_disk, choose_labels, one_complaint
 from samplers import generate, image_noise, time_grid
 
-NO_SETTINGS = ("out", "gif", "npz", "list_classes")  # flags that change nothing in an image
+NO_SETTINGS = ("out", "gif", "gif_noise", "npz", "list_classes")  # flags that change nothing in an image
 A_WEEK = 7 * 24 * 3600.0  # seconds that a process waits for the others, at the end perhaps for long
 
 
@@ -71,11 +71,10 @@ def main():
         config, names = model.config, model.class_names
         suit(args, config)
         size, grid = find_size(config, args.resolution, args.upscale)
-        times = time_grid(args.steps, args.shift)
         args.precision = pick_precision(args.precision, device)  # decided here, since the settings go into every file
 
         if names is None:  # what is to be drawn, T classes or prompts: their titles, and y (T, ...)
-            prompts = read_prompts(args.prompts) if args.prompts else []
+            prompts, remarks = read_prompts(args.prompts) if args.prompts else [], []
             titles = [prompt.text for prompt in prompts] or args.prompt
             encoder = open_encoder(model, args.text_encoder, args.negative, args.ckpt, device)
             y = None if args.layout else encoder.encode(titles).cpu()  # (T, M, E)
@@ -83,9 +82,9 @@ def main():
             if args.classes is None:
                 args.classes = "207" if len(names) == len(IMAGENET_CLASSES) and not args.npz else "all"
             classes, remarks = find_classes(args.classes, names)
-            for remark in remarks:
-                processes.say(remark)
             titles, y = [names[c] for c in classes], torch.tensor(classes)  # (T)
+        for remark in remarks + far_from_training(config, size, grid):
+            processes.say(remark)
         args.num = args.num or (50 * len(titles) if args.npz else 4)
         total = args.num if args.npz else args.num * len(titles)  # images by each solver
         batch = args.num if args.layout else min(args.batch_size, total)
@@ -98,7 +97,7 @@ def main():
             y = choose_labels(classes, total, args.labels, args.seed, model.class_counts)  # (N)
             which = torch.arange(total)  # (N): image i is of y[which[i]]
         else:
-            check_sides(args.out, args.gif, size, len(titles), args.num, len(args.solver))
+            check_sides(args.out, args.gif, size, len(titles), args.num, len(args.solver), args.gif_noise)
             which = torch.arange(len(titles)).repeat_interleave(args.num)  # (N)
         evaluations = total * args.steps * len(args.solver) * (1 if args.cfg == 1 else 2)  # Heun's second ones aside
         compiled = pick_compile(args.compile, config, size, grid, evaluations, args.precision, device, processes.say)
@@ -109,8 +108,8 @@ def main():
     freeze(model.to(device), args.precision, pack=not compiled)
     if compiled:
         model.compile_blocks()
-    how = dict(size=size, seed=args.seed, temperature=args.temperature, times=times, scale=args.cfg)
-    how |= dict(interval=args.interval, order=args.order, grid=grid, precision=args.precision)
+    how = dict(size=size, seed=args.seed, temperature=args.temperature, times=time_grid(args.steps, args.shift))
+    how |= dict(scale=args.cfg, interval=args.interval, order=args.order, grid=grid, precision=args.precision)
 
     def draw_batch(numbers, watch, solver=args.solver[0]):  # uint8 (B, 3, H, W)
         return draw(model, y[which[numbers]].to(device), numbers, solver=solver, watch=watch, **how)
@@ -128,7 +127,9 @@ def main():
     else:
         images, films = draw_all(draw_batch, total, args.batch_size, args.solver, args.steps, film=bool(args.gif))
         solvers = [f"adams {args.order}" if solver == "adams" else solver for solver in args.solver]
-        save_all(args.out, args.gif, images, films, [*map(title_of, titles)], args.num, solvers, settings)
+        save_all(
+            args.out, args.gif, images, films, [*map(title_of, titles)], args.num, solvers, settings, args.gif_noise
+        )
     files = args.npz or (f"{args.out} and {args.gif}" if args.gif else args.out)
     processes.say(f"{len(args.solver) * total} images of {settings['size']}: {files}")
     processes.close()

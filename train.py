@@ -137,8 +137,9 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
             dataset = Absent(None if how["captions"] else num_classes or 1000)
             processes.say(f"{spec} is not here: assuming {dataset.fingerprint}")
         else:
-            write = processes.rank == 0 and not planned
-            dataset = open_dataset(spec, config.resolution, cache=folder, write=write, **how)
+            dataset = open_dataset(
+                spec, config.resolution, cache=folder, write=not planned and not processes.rank, **how
+            )
         if names:
             dataset = SomeClasses(dataset, names)
         if held_out:
@@ -149,8 +150,6 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
     seen = processes.of_all(dataset.fingerprint)
     if other := next((rank for rank, pictures in enumerate(seen) if pictures != seen[0]), None):
         raise UserError(f"rank {other} finds other pictures in {spec} than rank 0: make them the same")
-    if not planned:
-        keep_in_memory(dataset, config.resolution, processes.say)
     if dataset.classes is None:
         return dataset, config
     if num_classes not in (None, len(dataset.classes)):
@@ -203,6 +202,7 @@ def main():
     if args.dry_run:
         plan = planned(args, config, world, precision)
         return processes.say(plan.describe(len(dataset), steps, args.size, args.keep))
+    keep_in_memory(dataset, config.resolution, processes.say)
     encoder, config = open_text_encoder(config, args.cache_text, device)
     encode = encoder and encoder.encode
     judging = (args.eval_ref, args.exif, args.inception, args.eval_num, config, args.seed, device, precision, processes)

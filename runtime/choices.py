@@ -3,7 +3,9 @@
 import difflib
 import fractions
 import re
+import shlex
 
+from neural_field import ENCODINGS
 from runtime.files import UserError
 from runtime.options import class_names
 
@@ -27,8 +29,11 @@ def find_classes(text, names):
         if not (exact or other or loose):
             if re.fullmatch("-?[0-9]+", item):
                 raise UserError(f"--class {item} is out of range: this model knows 0 to {len(names) - 1}")
-            near = difflib.get_close_matches(item.lower(), lower, n=3, cutoff=0.5) or names[:10]
-            raise UserError(f"--class {item!r} is unknown; did you mean {', '.join(near)}?")
+            near = difflib.get_close_matches(item.lower(), lower, n=3, cutoff=0.5)
+            if len(text.split()) > 2 and not (near and len(near[0].split()) > 1):
+                remedy = f"draw it with a text model, as in --ckpt emoji-text --prompt {shlex.quote(text)}"
+                raise UserError(f"--class {text!r} reads like a sentence, and this model knows classes: {remedy}")
+            raise UserError(f"--class {item!r} is unknown; did you mean {', '.join(near or names[:10])}?")
         found += exact or other or loose
     return found, remarks
 
@@ -46,7 +51,8 @@ def find_size(config, resolution=None, upscale="1"):
     """(height, width) in pixels, and (rows, columns) of tokens or None where patches have the trained size.
 
     resolution: "N" or "HEIGHTxWIDTH", the pixels of patches as trained, which decide the number of tokens (default: as
-    trained). upscale: a factor, or "HEIGHTxWIDTH" factors, by which each patch grows (section 4.5). Raises UserError.
+    trained). upscale: a factor, or "HEIGHTxWIDTH" factors, by which each patch grows (section 4.5). Raises UserError,
+    also for sizes of which nothing but noise can come.
 
     A text model keeps its tokens, as released: there the resolution, too, decides how many pixels a patch has.
     """
@@ -72,8 +78,51 @@ def find_size(config, resolution=None, upscale="1"):
     except (ValueError, ZeroDivisionError):
         kinds = f"a factor such as 1.5, nor HEIGHTxWIDTH factors such as 2x1.5, in multiples of 1/{P}"
         raise UserError(f"--upscale {upscale} is not {kinds}: patches of {P} pixels must become whole pixels")
+    _refuse_noise(config, grid, patch)
     if patch == [P, P]:
         return (grid[0] * P, grid[1] * P), None
     if config.decoder == "linear":
         raise UserError(f"--upscale {upscale} needs a neural field; this model's linear decoder has one patch size")
     return (int(grid[0] * patch[0]), int(grid[1] * patch[1])), grid
+
+
+def waves(config):
+    """How often the finest feature of the model's encoding changes its sign across a patch: its half-waves."""
+    features = ENCODINGS[config.encoding](1, 4096, config.num_freqs)  # (4096, E), along one row
+    return int((features[:-1] * features[1:] < 0).sum(0).max())
+
+
+def _refuse_noise(config, grid, patch):
+    """UserError for twice the trained tokens and more, and for patches too small for the waves of their encoding."""
+    P, trained = config.patch_size, config.resolution // config.patch_size
+    if max(grid) > 2 * trained:
+        remedy = f"--resolution {2 * config.resolution} is the most, and --upscale gives more pixels"
+        tokens = f"{grid[0]}x{grid[1]} tokens, and the model was trained with {trained}x{trained}"
+        raise UserError(f"--resolution asks for {tokens}, so nothing but noise would come out: {remedy}")
+    if config.decoder == "field" and min(patch) < P and min(patch) < (finest := waves(config)):
+        pixels = f"{int(min(patch))} pixels across, fewer than the {finest} half-waves of its encoding"
+        remedy = f"use --upscale {min(finest, P)}/{P} or more, or draw at --upscale 1 and shrink the picture"
+        raise UserError(f"--upscale leaves a patch {pixels}, so nothing but noise would come out: {remedy}")
+
+
+def far_from_training(config, size, grid):
+    """Remarks, a line each, on a size far from what was trained: what will be seen, and what would help.
+
+    size, grid: as find_size returns them.
+    """
+    P, trained, remarks = config.patch_size, config.resolution // config.patch_size, []
+    rows, columns = grid or config.token_grid(*size)
+    tokens = f"{rows}x{columns} tokens where the model was trained with {trained}x{trained}"
+    if max(rows, columns) > 1.25 * trained:
+        remarks.append(f"{tokens}: expect things twice or torn apart; --upscale gives more pixels with less harm")
+    elif min(rows, columns) < 0.75 * trained:
+        remarks.append(f"{tokens}: expect fragments; draw at the trained size and shrink or cut the picture")
+    height, width = size[0] // rows, size[1] // columns
+    pixels = f"{height}x{width} pixels a patch where the model was trained with {P}x{P}"
+    if max(height, width) > 2 * P:
+        remarks.append(
+            f"{pixels}: expect softness and visible borders of patches; draw at --upscale 2 and enlarge that"
+        )
+    elif min(height, width) < P:
+        remarks.append(f"{pixels}: expect specks; draw at --upscale 1 and shrink the picture")
+    return remarks

@@ -1,6 +1,7 @@
 """Pictures for people: grids with titles, films, and files that carry the settings they were drawn with."""
 
 import json
+import os
 import pathlib
 import re
 import sys
@@ -13,6 +14,8 @@ from data import to_uint8
 from runtime.files import UserError, check_writable, whole_file
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, by the ending of their names
+FILMS = (".gif", ".webp", ".png", ".apng")  # of films; the last two are animated PNG
+FILM_SIDE = 512  # pixels that a film's longer side has at least, give or take its gaps: 32 are too few to look at
 GAP = 2  # white pixels around each image of a grid
 MAX_SIDE = 15_000  # pixels of a grid without its titles; a WEBP ends at 16,383, and few programs show more of a PNG
 
@@ -33,9 +36,11 @@ def check_outputs(out, gif=None, npz=None):
 
     out: a picture or a folder; gif: a film; npz: in the place of pictures, so that `out` does not count.
     """
-    for flag, name, ending in (("--npz", npz, ".npz"), ("--gif", gif, ".gif")):
-        if name and not name.lower().endswith(ending):
-            raise UserError(f"{flag} {name}: the name must end in {ending}")
+    if gif and os.path.abspath(gif) == os.path.abspath(out):
+        raise UserError(f"--gif {gif} is the file of --out too: choose another name for one of the two")
+    for flag, name, endings in (("--npz", npz, (".npz",)), ("--gif", gif, FILMS)):
+        if name and not name.lower().endswith(endings):
+            raise UserError(f"{flag} {name}: the name must end in {', '.join(endings)}")
         if name:
             check_writable(flag, name)
     if not npz:
@@ -44,14 +49,14 @@ def check_outputs(out, gif=None, npz=None):
         check_writable("--out", out, is_folder=not is_picture(out))
 
 
-def check_sides(out, gif, size, rows, num, panels=1):
+def check_sides(out, gif, size, rows, num, panels=1, noise=False):
     """UserError, before anything is computed, for a grid of `save_all` whose sides would be above MAX_SIDE.
 
-    out: its file; gif: of its film, which is twice as wide (or None); size: (height, width) of an image in pixels;
-    rows: classes, of `num` images each; panels: solvers.
+    out: its file; gif: of its film (or None), which is twice as wide with `noise`; size: (height, width) of an image in
+    pixels; rows: classes, of `num` images each; panels: solvers.
     """
     rows, columns = (rows, num) if rows > 1 else grid_shape(num)
-    height, width = rows * (size[0] + GAP), panels * columns * (size[1] + GAP) * (2 if gif else 1)
+    height, width = rows * (size[0] + GAP), panels * columns * (size[1] + GAP) * (2 if gif and noise else 1)
     if (gif or is_picture(out)) and max(height, width) > MAX_SIDE:
         remedy = "use fewer classes, a smaller --num, or a folder for --out and no --gif"
         raise UserError(f"a picture of {width}x{height} pixels is too large, {MAX_SIDE} are the limit: {remedy}")
@@ -100,14 +105,19 @@ def film_frame(pairs, solvers):
     return picture_grid(enlarge(images, 128), columns, titles, ["x_t", "predicted clean image"], 16)
 
 
-def save_picture(path, picture, settings=None):
-    """PNG, JPEG or WEBP by the ending; `settings` go in as JSON: PNG's text "settings", or EXIF's UserComment."""
+def _notes(settings):
+    """What Pillow's writers take to keep `settings` in a file: each format knows one of the two."""
     text, png, exif = json.dumps(settings), PngImagePlugin.PngInfo(), Image.Exif()
     if settings is not None:
         png.add_text("settings", text)
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + text.encode()
+    return dict(pnginfo=png, exif=exif)
+
+
+def save_picture(path, picture, settings=None):
+    """PNG, JPEG or WEBP by the ending; `settings` go in as JSON: PNG's text "settings", or EXIF's UserComment."""
     with whole_file(path) as temporary:
-        picture.save(temporary, quality=95, pnginfo=png, exif=exif)  # each format takes what it knows
+        picture.save(temporary, quality=95, **_notes(settings))
 
 
 def save_singles(folder, images, names, settings=None):
@@ -120,13 +130,20 @@ def save_singles(folder, images, names, settings=None):
         save_picture(pathlib.Path(folder) / f"{i:05d}-{plain}.png", Image.fromarray(image), settings)
 
 
-def save_gif(path, frames, settings=None):
-    """Pictures of one size -> an endless GIF of 80 ms each, the last held for 1.5 s; settings: its comment."""
-    palette = frames[-1].quantize(255)  # one palette for all frames, taken from the finished picture: no flicker
-    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    how = dict(save_all=True, append_images=rest, duration=[80] * len(rest) + [1500], loop=0)
+def save_film(path, frames, settings=None):
+    """Pictures of one size -> an endless film of 80 ms each, the last held for 1.5 s: GIF, WEBP or animated PNG.
+
+    By the ending, one of FILMS; settings: kept as in a picture, in a GIF as its comment.
+    """
+    kind, how = {".gif": "GIF", ".webp": "WEBP"}.get(pathlib.Path(path).suffix.lower(), "PNG"), _notes(settings)
+    if kind == "GIF":
+        palette = frames[-1].quantize(255)  # one palette for all frames, taken from the finished picture: no flicker
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+        how = dict(comment=json.dumps(settings))
+    first, *rest = frames
+    how |= dict(save_all=True, append_images=rest, duration=[80] * len(rest) + [1500], loop=0)
     with whole_file(path) as temporary:
-        first.save(temporary, "GIF", comment=json.dumps(settings), **how)
+        first.save(temporary, kind, quality=90, **how)
 
 
 def draw_all(draw, count, batch_size, solvers, steps, film=False):
@@ -151,11 +168,12 @@ def draw_all(draw, count, batch_size, solvers, steps, film=False):
     return images, films
 
 
-def save_all(out, gif, images, films, titles, num, solvers, settings):
+def save_all(out, gif, images, films, titles, num, solvers, settings, noise=False):
     """Saves what `draw_all` returns: `out` is one grid or a folder of single pictures, `gif` (or None) the film.
 
     titles: the names of the classes, of which there are `num` images each, in a row (one class alone: in a square).
-    solvers: their names, which head the panels where there are several; settings: kept in each file.
+    solvers: their names, which head the panels where there are several; settings: kept in each file. The film shows the
+    clean image predicted at each time and, with `noise`, x_t beside it.
     """
     names = [title for title in titles for _ in range(num)]
     columns, titles = (num, titles) if len(titles) > 1 else (None, None)
@@ -167,6 +185,13 @@ def save_all(out, gif, images, films, titles, num, solvers, settings):
         for solver, drawn in zip(solvers, images):
             save_singles(out, drawn, [f"{name} {solver}" if several else name for name in names], settings)
     if gif:
-        panels = [f"{solver}: {what}" for solver in solvers for what in ("x_t", "predicted")]
-        grids = (torch.cat(parts).flatten(0, 1) for parts in zip(*films))  # (panels*N, 3, H, W) of each time
-        save_gif(gif, [picture_grid(grid, columns, titles, panels) for grid in grids], settings=settings)
+        headings = solvers if several else None
+        if noise:
+            headings = [f"{solver}: {what}" for solver in solvers for what in ("x_t", "predicted")]
+        rows, across = grid_shape(len(names), columns)
+        side = FILM_SIDE // max(rows, across * len(headings or [""]))
+        frames = []
+        for parts in zip(*films):  # of each time, by all solvers
+            grid = torch.cat([pair if noise else pair[1:] for pair in parts]).flatten(0, 1)  # (panels*N, 3, H, W)
+            frames.append(picture_grid(enlarge(grid, side), columns, titles, headings))
+        save_film(gif, frames, settings)

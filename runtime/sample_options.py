@@ -58,13 +58,16 @@ def parse_args(argv=None, parser=argparse.ArgumentParser):
     add("--compile", choices=["auto", "on", "off"], default="auto", help=pays)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--out", default="samples.png", help="one grid as .png, .jpg or .webp, or a folder for single pictures")
-    add("--gif", help="also write an animation: x_t, and the clean image predicted from it, side by side")
+    add("--gif", help="also write a film, as .gif, .webp or animated .png: the picture that is predicted at each step")
+    add("--gif-noise", action="store_true", help="in the film of --gif, also x_t, beside each picture")
     add("--npz", help="instead of pictures, write shuffled arrays for eval_fid.py; the same command resumes")
     add("--labels", choices=LABELS, default="balanced", help="of --npz: equally many, by chance, or as in the data")
     args = parser.parse_args(argv)
     args.ckpt = args.ckpt or ("xxl" if args.prompt or args.prompts else "xl")
     if args.interval and not args.interval[0] < args.interval[1]:
         parser.error("--interval LOW HIGH: LOW must be below HIGH")
+    if args.gif_noise and not args.gif:
+        parser.error("--gif-noise does nothing without --gif: add it, or leave both out")
     if args.npz and (args.gif or len(args.solver or "1") > 1):
         parser.error("--npz takes one --solver and no --gif")
     if args.prompt and args.prompts:

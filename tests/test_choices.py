@@ -1,11 +1,13 @@
 """--class, --resolution and --upscale: what they mean, and one line for what means nothing."""
 
 import dataclasses
+import re
 
 import pytest
 from helpers import ROOT, TINY
 
-from runtime.choices import find_classes, find_size
+from model import PRESETS
+from runtime.choices import far_from_training, find_classes, find_size, waves
 from runtime.files import UserError
 
 IMAGENET = (ROOT / "assets" / "imagenet_classes.txt").read_text().splitlines()
@@ -67,7 +69,6 @@ def test_a_name_with_a_comma_can_be_named():
         (None, "2", (32, 32), (4, 4)),
         (None, "1.5", (24, 24), (4, 4)),
         (None, "2x1.25", (32, 20), (4, 4)),
-        (None, "1/2", (8, 8), (4, 4)),
         ("8x24", "1.5X3", (12, 72), (2, 6)),
     ],
 )
@@ -99,6 +100,45 @@ def test_sizes_that_are_none_are_refused(resolution, upscale, message):
     """In no time: written out, 1e999999999 has a billion digits."""
     with pytest.raises(UserError, match=message):
         find_size(TINY, resolution, upscale)
+
+
+def test_sizes_of_which_only_noise_can_come_are_refused_and_the_next_ones_are_not():
+    """XL has 8 half-waves over 16 pixels, the small model 6 over 8."""
+    xl, nano = PRESETS["XL"], PRESETS["Nano"]
+    assert [waves(config) for config in (xl, nano)] == [8, 6]
+    for config, refused, least in ((xl, "7/16", "0.5"), (nano, "5/8", "0.75")):
+        with pytest.raises(UserError, match="fewer than the . half-waves .*: use --upscale"):
+            find_size(config, None, refused)
+        assert find_size(config, None, least)[1] == (config.resolution // config.patch_size,) * 2
+    with pytest.raises(UserError, match="33x16 tokens, and .* with 16x16, .*noise .*--resolution 512 is the most"):
+        find_size(xl, "528x256")
+    assert find_size(xl, "512") == ((512, 512), None)
+
+
+@pytest.mark.parametrize(
+    "resolution, upscale, remarks",
+    [
+        (None, "1", []),
+        (None, "2", []),
+        ("320", "1", []),
+        ("384x256", "1", ["24x16 tokens .*16x16.* --upscale gives more"]),
+        ("128", "1", ["8x8 tokens .*fragments"]),
+        (None, "4", ["64x64 pixels a patch .*16x16.* --upscale 2"]),
+        ("512", "0.5", ["32x32 tokens", "8x8 pixels a patch .*shrink"]),
+    ],
+)
+def test_a_size_far_from_training_is_remarked_on_with_what_would_help(resolution, upscale, remarks):
+    found = far_from_training(PRESETS["XL"], *find_size(PRESETS["XL"], resolution, upscale))
+    assert len(found) == len(remarks) and all(map(re.search, remarks, found))
+
+
+@pytest.mark.parametrize("text", ["a red apple", "a small dog, running over wet grass"])
+def test_a_class_that_reads_like_a_sentence_points_to_prompts(text):
+    """And a long name that is nearly one of the classes does not."""
+    with pytest.raises(UserError, match=f"reads like a sentence, .*--prompt '{text}'"):
+        find_classes(text, ["tench", "golden retriever", "great white shark"])
+    with pytest.raises(UserError, match="did you mean great white shark"):
+        find_classes("great whit shark", ["tench", "great white shark"])
 
 
 def test_upscale_of_a_linear_decoder_is_refused():

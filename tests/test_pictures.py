@@ -15,7 +15,7 @@ from runtime.pictures import (
     draw_all,
     picture_grid,
     save_all,
-    save_gif,
+    save_film,
     save_picture,
     save_singles,
 )
@@ -50,12 +50,38 @@ def test_grid_places_groups_side_by_side_under_their_headings():
 def test_gif_plays_every_frame_and_ends_on_the_picture(tmp_path):
     frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 100, 200)]
     frames[2].putpixel((0, 0), (0, 90, 0))
-    save_gif(tmp_path / "film.gif", frames, settings={"steps": 2})
+    save_film(tmp_path / "film.gif", frames, settings={"steps": 2})
     with Image.open(tmp_path / "film.gif") as film:
         assert film.n_frames == 3 and json.loads(film.info["comment"]) == {"steps": 2}
         film.seek(2)
         assert film.convert("RGB").getpixel((4, 4)) == (200, 0, 0)
     assert os.listdir(tmp_path) == ["film.gif"]
+
+
+@pytest.mark.parametrize("ending", ["webp", "png", "apng"])
+def test_a_film_may_be_webp_or_animated_png(tmp_path, ending):
+    """With the colours of the frames, which a palette would change, and the settings. Catches a film of one frame."""
+    path, frames = tmp_path / f"film.{ending}", [Image.new("RGB", (8, 8), (value, 90, 7)) for value in (0, 100, 200)]
+    save_film(path, frames, {"steps": 2})
+    with Image.open(path) as film:
+        assert (film.n_frames, film.format) == (3, "WEBP" if ending == "webp" else "PNG")
+        for i, frame in enumerate(frames):
+            film.seek(i)
+            difference = np.asarray(film.convert("RGB")).astype(int) - np.asarray(frame)
+            assert abs(difference).max() <= (8 if ending == "webp" else 0)
+    assert b'{"steps": 2}' in path.read_bytes()
+
+
+def test_a_film_shows_the_pictures_alone_and_small_ones_enlarged(tmp_path):
+    """Catches half a screen of noise that nobody asked for, tiny pictures, and colours mixed by scaling."""
+    pairs = torch.stack([gray_levels(4), gray_levels(8)[4:]])  # (2, 4, 3, 4, 6): x_t, predicted
+    for noise, kept, panels in ((False, [4, 5, 6, 7], 1), (True, range(8), 2)):
+        save_all(tmp_path / "x.png", tmp_path / "f.png", [pairs[1]], [[pairs]], ["a"], 4, ["euler"], {}, noise)
+        with Image.open(tmp_path / "f.png") as film:
+            frame = np.asarray(film.convert("RGB"))
+        k = -(-512 // (2 * panels) // 6)  # to 256 or 128 pixels of the longer side, 6
+        assert frame.shape == ((14 if noise else 0) + 2 * (4 * k + 2) + 2, panels * 2 * (6 * k + 2) + 2, 3)
+        assert set(np.unique(frame[16:])) - {255} == {10 * i for i in kept}
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
@@ -127,7 +153,8 @@ def test_rows_are_classes_and_one_class_alone_is_a_square(tmp_path):
         ("out", "folder.png", "is a folder"),
         ("npz", "folder.npz", "is a folder"),
         ("out", "x.bmp", "name must end in .png"),
-        ("gif", "film.mp4", "must end in .gif"),
+        ("gif", "film.mp4", "must end in .gif, .webp, .png, .apng"),
+        ("gif", "x.png", "is the file of --out too"),
         ("npz", "x.png", "must end in .npz"),
     ],
 )
@@ -147,7 +174,7 @@ def test_grids_that_are_too_large_for_their_format_are_refused():
     check_sides("folder", None, (16, 16), 3, 9000)
     for out, gif, num, panels in (("x.png", None, 900, 1), ("folder", "x.gif", 450, 1), ("x.jpg", None, 450, 2)):
         with pytest.raises(UserError, match="a picture of 16200x54 pixels is too large, 15000 are the limit: use few"):
-            check_sides(out, gif, (16, 16), 3, num, panels)
+            check_sides(out, gif, (16, 16), 3, num, panels, noise=True)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["key", "disk"])
@@ -164,5 +191,5 @@ def test_a_picture_whose_writing_fails_leaves_the_old_file(tmp_path, monkeypatch
     picture = Image.new("RGB", (8, 8))
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(type(error)):
-        save_gif(tmp_path / name, [picture]) if name == "x.gif" else save_picture(tmp_path / name, picture)
+        save_film(tmp_path / name, [picture]) if name == "x.gif" else save_picture(tmp_path / name, picture)
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "before"

@@ -229,9 +229,9 @@ def test_several_solvers_stand_side_by_side(ckpt, tmp_path):
 
 
 def test_gif_plays_every_solver_from_noise_to_picture(ckpt, tmp_path):
-    """The last frame is the picture of --out, and the first is the noise, the same for both solvers."""
+    """The last frame is the picture of --out, enlarged, and the first is the noise, the same for both solvers."""
     flags = ["--ckpt", ckpt, "--class", "a", "--num", 1, "--steps", 3, "--solver", "euler,heun", "--precision", "fp32"]
-    said = draw(*flags, "--out", tmp_path / "x.png", "--gif", tmp_path / "path.gif")
+    said = draw(*flags, "--out", tmp_path / "x.png", "--gif", tmp_path / "path.gif", "--gif-noise")
     assert said == f"2 images of 16x16: {tmp_path / 'x.png'} and {tmp_path / 'path.gif'}\n"
     with Image.open(tmp_path / "path.gif") as film:
         assert film.n_frames == 4  # the noise and three steps
@@ -241,7 +241,7 @@ def test_gif_plays_every_solver_from_noise_to_picture(ckpt, tmp_path):
         final = np.asarray(film.convert("RGB")).astype(int)
 
     def panel(frame, i):
-        return frame[16:32, 2 + i * step :][:, :16]
+        return frame[16:144, 2 + i * step :][:, :128][::8, ::8]  # 16 pixels across became 128
 
     step, sheet = (final.shape[1] - 2) // 4, pixels(tmp_path / "x.png")
     half = (sheet.shape[1] - 2) // 2
@@ -443,7 +443,9 @@ def test_a_class_named_by_a_number_wins_over_an_index_and_the_ambiguity_is_said(
         (["--class=-1"], "0 to 2"),
         (["--class", ""], "'' is unknown"),
         (["--resolution", "18"], "multiples of 4"),
-        (["--resolution", "400000", "--num", "64"], "GB are free"),
+        (["--resolution", "400000", "--num", "64"], "nothing but noise would come out: --resolution 32 is the most"),
+        (["--gif-noise"], "does nothing without --gif"),
+        (["--class", "a red apple on a table"], "emoji-text --prompt 'a red apple on a table'"),
         (["--upscale", "9000", "--num", "64"], "GB are free"),
         (["--upscale", "1.3"], "must become whole pixels"),
         (["--num", "0"], "argument --num: 0 is not at least 1"),
