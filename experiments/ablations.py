@@ -147,15 +147,15 @@ CLAIMS = {
     ),
     "normalisation": Claim(
         "Fig. 6a: what of the field is normalised",
-        "normalising both matrices and the output is best",
+        "normalising both matrices and the output was chosen",
         (("norm none", "field", 1), ("norm first", "field", 1), ("norm both", "field", 1)),
     ),
     "encoding": Claim(
-        "Fig. 6d: the DCT basis against sines and cosines", "the DCT basis is better", (("sincos", "field", 1),)
+        "Fig. 6d: the DCT basis against sines and cosines", "the DCT basis was chosen", (("sincos", "field", 1),)
     ),
     "repa": Claim(
         "Alignment (REPA), its teacher the small classifier of the emoji in the place of DINOv2",
-        "part of the recipe, as REPA speeds training up",
+        "it is part of the recipe",
         (("repa", "field", -1),),
     ),
     "irepa": Claim(
@@ -170,17 +170,17 @@ CLAIMS = {
     ),
     "width": Claim(
         "Fig. 6b: widths of the field in the ratios of 36, 64, 72",
-        "wider is better, with little gain from 64 to 72",
-        (("width 14", "field", 1), ("width 27", "field", -1)),
+        "64 was chosen",
+        (("width 14", "field", 1), ("width 27", "field", 0)),
     ),
     "depth": Claim(
         "Fig. 6c: blocks of the field, 1, 2 and 4",
-        "deeper is better",
-        (("field depth 1", "field", 1), ("field depth 4", "field", -1)),
+        "2 for L and 4 for XL were chosen",
+        (("field depth 1", "field", 1), ("field depth 4", "field", 0)),
     ),
     "length": Claim(
         "Does the order of the decoders hold at twice the length?",
-        "training goes on for a thousand times as long in the paper",
+        "the paper trains for 800,000 steps",
         (("field, twice as long", "linear, twice as long", -1),),
     ),
     "solvers": Claim(
@@ -191,7 +191,7 @@ CLAIMS = {
     ),
     "guidance": Claim(
         "Fig. 6e: scale and interval of the guidance, on the model in assets/",
-        "a scale of 3.5 from t = 0.1 on is best",
+        "a scale of 3.5 from t = 0.1 on was chosen",
         tuple((name, "scale 2.5 in 0.1 to 1", 0) for name in GUIDED if name != "scale 2.5 in 0.1 to 1"),
         "draw",
     ),

@@ -178,10 +178,10 @@ python -m experiments.ablations --list
 python -m experiments.ablations --all
 ```
 
-- **World**: the emoji at {config.resolution} pixels in patches of {config.patch_size}, width {config.hidden_size}
-  above the {3 * config.patch_size**2} numbers of a patch (1024 above 768 in the paper), since a narrower token could
-  not carry a patch to a linear decoder. One drawing in ten is held out (`experiments/held_out.txt`; near-duplicates
-  are on one side).
+- **World**: the emoji at {config.resolution} pixels in patches of {config.patch_size}. Tokens have {config.hidden_size}
+  numbers, more than the {3 * config.patch_size**2} of a patch (1024 and 768 in the paper), since narrower ones could
+  not carry a patch to a linear decoder. One drawing in ten is held out (`experiments/held_out.txt`; near-duplicates are
+  on one side).
 - **Length**: {study.steps} steps of {study.batch_size} pictures, AdamW, learning rate from {study.lr:g} down to 0.
   That is short: samples are blurred, and what the paper's 800,000 steps would show may differ.
 - **Pairs**: runs of one seed see the same pictures, noise, times and dropped labels. A difference is the mean over the
@@ -191,6 +191,9 @@ python -m experiments.ablations --all
   of {study.samples} samples to all drawings ([what it is](measurements.md#the-emoji-distance)); lower is better. The
   small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border ratio**: mean
   difference of neighbours across patch borders over that inside patches; of the real pictures it is {real_border:.3f}.
+- **Switches of train.py** for the ideas since, off by default: `--prediction clean` (the decoder gives the image, the
+  loss is of the velocity towards it), `--loss frequency` (errors that the eye sees weigh more) and `--repa-projector
+  conv` (neighbouring tokens are aligned together, with a teacher that is normalised over the places).
 - **CPU s**: processor seconds of one training run, since the machine had other work beside it.
 - **Time**: {hours:.1f} hours in all. Machine: {machines}. Code: {commits}.
 """.splitlines()
