@@ -32,7 +32,7 @@ from runtime.feature_networks import NETWORKS, check_pictures, open_network
 from runtime.files import UserError, check_writable, run
 from runtime.machine import float64_device, full_float32, pick_device
 from runtime.options import COUNT
-from runtime.picture_sets import MAX_FEATURES, open_pictures, save_statistics
+from runtime.picture_sets import MAX_FEATURES, open_pictures, open_reference, save_statistics
 
 IS_SPLIT = 5000  # pictures per split of the Inception Score, as in ADM
 NEIGHBOUR = 3  # precision and recall measure to the 3rd nearest neighbour, as in ADM
@@ -297,7 +297,8 @@ def main():
             check_writable(flag, path)
     Network = NETWORKS[args.features][0]
     resolution = args.resolution or Network.side
-    reference, samples = (open_pictures(spec, resolution, args.workers) for spec in (args.reference, args.samples))
+    samples = open_pictures(args.samples, resolution, args.workers)
+    reference = open_reference(args.reference, "REFERENCE", samples.size[0], resolution, args.workers)
     if samples.batches is None:
         raise UserError(f"{args.samples}: holds saved statistics; the samples must be pictures")
     for side in (reference, samples):

@@ -36,9 +36,10 @@ from runtime.gauges import Gauges
 from runtime.loader import BatchNumbers, micro_batch_size, training_batches
 from runtime.log import Log, is_due
 from runtime.machine import autocast, keep_memory, peak_flops, pick_device, pick_precision, will_compile
+from runtime.models import model_file
 from runtime.optimizers import make_optimizers
 from runtime.options import check_run, class_names, data_settings, identity, parse_args, planned
-from runtime.picture_sets import open_pictures, pictures_of
+from runtime.picture_sets import open_reference, pictures_of
 from runtime.plan import Absent, epochs_to_steps, training_flops
 from runtime.previews import ema_samples, preview, preview_conditions
 from runtime.recompute import RECOMPUTE
@@ -162,13 +163,10 @@ def open_judge(dataset, encode, reference, exif, weights, num, config, seed, dev
 
     Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
     """
-    if reference is None and dataset.classifier is None:
-        raise UserError("--eval-every needs --eval-ref: ADM's reference npz, or a file of eval_fid.py --save-stats")
-    real = (
-        open_pictures(reference, config.resolution, exif=exif)
-        if reference
-        else pictures_of(dataset, "the training data")
-    )
+    if reference is None and dataset.classifier:
+        real = pictures_of(dataset, "the training data")
+    else:
+        real = open_reference(reference, "--eval-ref", config.resolution, config.resolution, exif=exif)
     if tuple(real.size) != (config.resolution, config.resolution):
         size = f"{real.size[0]}x{real.size[1]}, not of --resolution {config.resolution}"
         raise UserError(f"--eval-ref {reference} has pictures of {size}: blur would count as a difference")
@@ -197,11 +195,11 @@ def main():
         processes.connect(device, args.timeout)
     opening = (args.config, data_settings(args), args.hold_out, args.out, processes, args.dry_run)
     dataset, config = open_data(args.data, class_names(args.classes), args.num_classes, *opening)
-    check_run(args, dataset, config)
+    remark = check_run(args, dataset, config)
     steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size) if args.epochs else args.steps
     if args.dry_run:
         plan = planned(args, config, world, precision)
-        return processes.say(plan.describe(len(dataset), steps, args.size, args.keep))
+        return processes.say(plan.describe(len(dataset), steps, args.size, args.keep, remark))
     keep_in_memory(dataset, config.resolution, processes.say)
     encoder, config = open_text_encoder(config, args.cache_text, device)
     encode = encoder and encoder.encode
@@ -213,7 +211,7 @@ def main():
     torch.manual_seed(args.seed)  # for the initial weights; all other random numbers come from named streams
     model = build_model(config)
     if args.init and folder.checkpoint is None:
-        processes.say(start_from(model, args.init, dataset.classes))
+        processes.say(start_from(model, model_file(args.init, "--init"), dataset.classes))
     if encoder:
         fit_encoder(model, encoder, args.init or "this run")
     teacher = None
@@ -231,9 +229,8 @@ def main():
     shared = processes.share_gradients(student, device)
 
     peak = processes.world * peak_flops(device)  # FLOP/s, 0 where it is not known
-    log = Log(
-        args.out, processes, step, steps, args.batch_size, training_flops(config, isinstance(teacher, DINOv2)), peak
-    )
+    flops = training_flops(config, isinstance(teacher, DINOv2), conv)  # per image
+    log = Log(args.out, processes, step, steps, args.batch_size, flops, peak)
     log.send_to(args.tensorboard, args.wandb, vars(args) | dataclasses.asdict(config))
     if step < steps:
         size = f"{args.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"

@@ -2,12 +2,14 @@
 
     python -m experiments.benchmark                  # training step of a Nano in the shape that others use: a minute
     python -m experiments.benchmark --only L-forward XL-forward guided L-train image memory cost
+    python -m experiments.benchmark --only text-Nano-train text-Nano-forward XXL-forward XXL-train   # of sentences
     python -m experiments.benchmark --only loader metrics                # of data and evaluation
 
 The yardstick is the best rate of a 4096^3 matrix product in the same run, since machines drift; FLOPs are those of
 runtime/flops.py, matrix products only. Each model is measured in a process of its own, so that its peak memory is seen.
 "eager" is plain PyTorch, "compiled" has model.compile_blocks(). Forward passes have their weights frozen, as in
-sample.py, where a line does not say otherwise.
+sample.py, where a line does not say otherwise. A model whose weights alone exceed the free memory is named and left
+out: a training step of XXL holds them five times over, 23.4 GB. Text features are given, not computed by Qwen3.
 """
 
 import argparse
@@ -29,19 +31,22 @@ from PIL import Image
 from data import TrainingSamples, center_crop, open_dataset, random_stream
 from eval_fid import frechet_distance, precision_recall
 from flow import flow_matching_loss
-from model import PRESETS, PixNerd, PixNerdConfig
+from model import PRESETS, PixNerdConfig
+from runtime.checkpoint import build_model
 from runtime.files import UserError, run
 from runtime.flops import forward_flops
-from runtime.machine import autocast, freeze, keep_memory, pick_device, will_compile
+from runtime.machine import autocast, available_memory, freeze, keep_memory, pick_device, will_compile
 from runtime.recompute import RECOMPUTE
 from samplers import guide
-from text_model import TextPixNerd, TextPixNerdConfig
+from text_model import PRESETS as TEXT_PRESETS
+from text_model import TextPixNerdConfig
 
 # The shape in which other implementations state their speed: 47 GFLOP a step at batch 64.
 NANO = PixNerdConfig(
     num_classes=9, resolution=32, patch_size=8, hidden_size=256, num_heads=4, depth=6, field_depth=2, field_width=32
 )
-L, XL = PRESETS["L"], PRESETS["XL"]
+L, XL, XXL, TEXT_NANO = PRESETS["L"], PRESETS["XL"], TEXT_PRESETS["XXL"], TEXT_PRESETS["Nano"]
+XXL_512 = dataclasses.replace(XXL, resolution=512)
 
 # ---- time and memory -------------------------------------------------------------------------------------------------
 
@@ -138,7 +143,7 @@ def measure(config, prepare, batch, precision, compiled, device):
     keep_memory()  # as train.py and sample.py do
     torch.manual_seed(0)
     text = isinstance(config, TextPixNerdConfig)
-    model = (TextPixNerd if text else PixNerd)(config).to(device)
+    model = build_model(config).to(device)
     x = torch.randn(batch, 3, config.resolution, config.resolution, device=device)
     shape = (batch, config.text_length, config.text_width) if text else (batch,)
     y = torch.zeros(shape, dtype=torch.float32 if text else torch.long, device=device)
@@ -148,6 +153,18 @@ def measure(config, prepare, batch, precision, compiled, device):
     function()
     peak_memory(device)  # forgets what was needed to prepare
     return statistics.median(timings(function, device)), peak_memory(device)
+
+
+def lacking(config, passes, device):
+    """What to print in the place of a figure whose weights alone do not fit, or None.
+
+    Training (3 passes) holds them five times: with gradients, the optimizer's two averages, and EMA.
+    """
+    with torch.device("meta"):
+        need = 4 * sum(p.numel() for p in build_model(config).parameters()) * (5 if passes == 3 else 1)
+    free = available_memory(device)
+    if free is not None and need > free:
+        return f"not measured: its weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 guided = functools.partial(sampling, scale=3.5)
@@ -162,6 +179,10 @@ MODELS = {
     "XL-forward": [("forward XL/16 at 256", XL, batch, *FORWARD) for batch in (1, 2)],
     "guided": [("guided step XL/16 at 256", XL, 1, guided, 2)],
     "image": [("two passes, not frozen", XL, 1, two_passes, 2), ("one batch, not frozen", XL, 1, unfrozen, 2)],
+    "text-Nano-train": [("training step text Nano at 32", TEXT_NANO, 96, *TRAIN)],
+    "text-Nano-forward": [("forward text Nano at 32", TEXT_NANO, batch, *FORWARD) for batch in (1, 2)],
+    "XXL-forward": [(f"forward XXL/16 at {config.resolution}", config, 1, *FORWARD) for config in (XXL, XXL_512)],
+    "XXL-train": [("training step XXL/16 at 256", XXL, 1, *TRAIN)],
     "L-train": [("training step L/16 at 256", L, 2, *TRAIN)],
     "memory": [("--recompute " + how, L, 2, functools.partial(training, recompute=how), 3) for how in RECOMPUTE],
     "cost": [(f"L/16 at {n}", dataclasses.replace(L, resolution=n), 1, *FORWARD) for n in (256, 384, 512, 1024)],
@@ -171,15 +192,21 @@ MODELS = {
 # ---- data and evaluation ---------------------------------------------------------------------------------------------
 
 
+def noise_jpegs(folder, count):
+    """Makes a folder of `count` JPEGs of 500x375 pixels. Returns their paths."""
+    os.mkdir(folder)
+    paths = [f"{folder}/{i}.jpg" for i in range(count)]
+    for path in paths:  # noise of this strength takes about the 110 kB of ImageNet's pictures
+        channels = [Image.effect_noise((500, 375), 80) for _ in range(3)]
+        Image.merge("RGB", channels).save(path, quality=75)
+    return paths
+
+
 def loader(count=32):
     """What one core loads: 500x375 JPEGs to training samples at 256, by parts; clocked in this process alone."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        paths = [f"{root}/noise/{i}.jpg" for i in range(count)]
-        os.mkdir(f"{root}/noise")
-        for path in paths:  # noise of this strength takes about the 110 kB of ImageNet's pictures
-            channels = [Image.effect_noise((500, 375), 80) for _ in range(3)]
-            Image.merge("RGB", channels).save(path, quality=75)
+        paths = noise_jpegs(f"{root}/noise", count)
         samples = TrainingSamples(open_dataset(root, 256), seed=0)
         pictures = [Image.open(path).convert("RGB") for path in paths]
         parts = {
@@ -225,8 +252,11 @@ def main():
             metrics(device)
         rows = itertools.product(precisions, compilers, MODELS.get(figure, []))
         for precision, compiled, (name, config, batch, prepare, passes) in rows:
-            seconds, peak = in_new_process(measure, config, prepare, batch, precision, compiled, device)
             what = f"{name}, batch {batch}, {precision} {'compiled' if compiled else 'eager'}"
+            if reason := lacking(config, passes, device):
+                print(f"{what:64} {reason}", flush=True)
+                continue
+            seconds, peak = in_new_process(measure, config, prepare, batch, precision, compiled, device)
             flops = passes * batch * forward_flops(config)
             shares = " ".join(f"{flops / seconds / rate:8.2f}" for rate in rates)
             speed = f"{seconds:8.3f} {flops / 1e9:8.1f} {flops / seconds / 1e9:8.1f}"

@@ -124,21 +124,29 @@ def check_same(saved, wanted, path, note=""):
             )
 
 
+def check_start(theirs, ours, path):
+    """UserError, with the flags that fit, unless a run of configuration `ours` may start from the weights of `theirs`.
+
+    Every setting must be the same unless it is marked fine_tuning.
+    """
+    if type(theirs) is not type(ours):
+        one, other = ("classes", "text") if isinstance(ours, PixNerdConfig) else ("text", "classes")
+        raise UserError(f"{path} draws from {other}, and this run is to draw from {one}: use another file")
+    fixed = [field.name for field in dataclasses.fields(ours) if not field.metadata["fine_tuning"]]
+    fixed = {name: getattr(theirs, name) for name in fixed}
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in fixed.items())
+    check_same(fixed, dataclasses.asdict(ours), path, f"; it was trained with {flags}")
+
+
 def start_from(model, path, class_names):
     """--init: gives `model` the EMA weights of a checkpoint, and says in words what was done.
 
-    Every setting of the configuration must be the same unless it is marked fine_tuning: another resolution interpolates
-    positions, and other classes (by number or, where the checkpoint has them, by name) get a new class embedding, only
-    that. Raises UserError, with the flags that fit, and FileNotFoundError.
+    Of the settings that may differ, another resolution interpolates positions, and other classes (by number or, where
+    the checkpoint has them, by name) get a new class embedding, only that. Raises UserError as `check_start` does, and
+    FileNotFoundError.
     """
     source, classes = load_model(path), isinstance(model, PixNerd)
-    if type(source) is not type(model):
-        one, other = ("classes", "text") if classes else ("text", "classes")
-        raise UserError(f"{path} draws from {other}, and this run is to draw from {one}: use another file")
-    fixed = [field.name for field in dataclasses.fields(model.config) if not field.metadata["fine_tuning"]]
-    theirs = {name: getattr(source.config, name) for name in fixed}
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in theirs.items())
-    check_same(theirs, dataclasses.asdict(model.config), path, f"; it was trained with {flags}")
+    check_start(source.config, model.config, path)
     weights, note, other = source.state_dict(), f"starting from {path}", None
     if not classes:
         if not source.null_features.any():  # a released file has none

@@ -61,6 +61,11 @@ def flat(values):
     return numbers
 
 
+def two_digits(number):
+    """A speed or a time above 0 as text: whole from 10 on, below that with two significant digits."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def is_due(step, every):
     """Is something due at this step that comes every `every` steps (0: never)?"""
     return bool(every) and step > 0 and step % every == 0
@@ -114,9 +119,10 @@ class Log:
         self.step, self.since = step, now
         speed = done * self.batch_size / elapsed  # images/s over all processes
         mfu = {"mfu": round(self.flops * speed / self.peak, 4)} if self.peak else {}
-        self.numbers(step, values | {"images_per_second": round(speed, 1)} | mfu)
+        self.numbers(step, values | {"images_per_second": float(f"{speed:.4g}")} | mfu)
         left = datetime.timedelta(seconds=round((self.steps - step) * elapsed / done))
-        self.processes.say(f"step {step}/{self.steps}, loss {values['loss']:.4f}, {speed:.0f} images/s, {left} left")
+        pace = f"{two_digits(speed)} images/s" + f", {two_digits(elapsed / done)} s a step" * (elapsed >= done)
+        self.processes.say(f"step {step}/{self.steps}, loss {values['loss']:.4f}, {pace}, {left} left")
 
     def numbers(self, step, values):
         """Logs a dict of numbers (or lists of them) at a step."""

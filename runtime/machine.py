@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from runtime.files import UserError
 
 # Dense bf16 matrix-product peaks in FLOP/s, from the makers' data sheets; for the utilisation (MFU) in logs and plans.
-PEAKS = {"a100": 312e12, "h100 pcie": 756e12, "h100 nvl": 835e12, "h100": 989e12}  # the plain name: SXM
+PEAKS = {"a100": 312e12, "h100 pcie": 756e12, "h100 nvl": 835e12, "h100": 989e12, "h200": 989e12}  # h100 alone: SXM
 
 
 def pick_device(name="auto", local_rank=0):

@@ -18,8 +18,8 @@ from pretrained.emoji_classifier import EmojiTeacher
 from runtime.files import UserError
 from runtime.frequencies import LOSSES
 from runtime.log import require
-from runtime.machine import PEAKS
-from runtime.plan import MFU, Plan
+from runtime.models import check_init
+from runtime.plan import GPUS, MFU, Plan
 from runtime.recompute import RECOMPUTE
 from text_model import TextPixNerdConfig
 
@@ -115,7 +115,7 @@ OPTIONS = [
     Option("repa-projector", ["mlp", "conv"], "mlp", "conv: 3x3 and normalised teacher, as in iREPA", same_run=True),
     Option("dino", str, None, "teacher: DINOv2 weights (default: ViT-B/14, downloaded) or emoji, a small classifier"),
     Option("loss", list(LOSSES), "plain", "frequency: JPEG's weights of frequencies, as in DeCo", same_run=True),
-    Option("init", str, None, "start from the weights of this checkpoint, ours or released (fine-tuning)"),
+    Option("init", str, None, "start from the weights of xl, xl-512, xxl or a checkpoint (fine-tuning)"),
     Option("seed", SEED, 0, "of every random number of the run", same_run=True),
     Option("precision", ["auto", "bf16", "fp32"], "auto", "auto: bf16 where the machine is fast in it"),
     Option("compile", ["auto", "on", "off"], "auto", "torch.compile each repeated block (auto: where it works)"),
@@ -135,7 +135,7 @@ OPTIONS = [
     Option("wandb", bool, False, "log to Weights & Biases as well"),
     Option("dry-run", bool, False, "print the configuration and what it costs, and stop"),
     Option("world-size", COUNT, None, "with --dry-run: number of GPUs (default: the processes at hand)"),
-    Option("gpu", list(PEAKS), None, "with --dry-run: kind of GPU, for the time that it takes"),
+    Option("gpu", list(GPUS), None, "with --dry-run: kind of GPU, for time and memory (a100: of 80 GB)"),
     Option("mfu", ABOVE_0, MFU, "with --dry-run: share of its peak that training reaches"),
     Option("bandwidth", POSITIVE, None, "with --dry-run: GB/s from GPU to GPU (default: NVLink's)"),
 ]
@@ -254,13 +254,12 @@ def data_settings(args):
 
 
 def check_run(args, dataset, config):
-    """UserError for what can only be told now that the data are known."""
+    """UserError for what can only be told now that the data are known. Returns a remark for the user, or None."""
     if len(dataset) < args.batch_size:
-        asked = f"--classes {args.classes}" if args.classes else args.data
-        remedy = "lower that" + (", or let pictures come more often, as in NAME:4" if args.classes else "")
-        raise UserError(
-            f"{asked} has {len(dataset)} images per epoch, fewer than --batch-size {args.batch_size}: {remedy}"
-        )
+        N, asked = len(dataset), f"--classes {args.classes}" if args.classes else args.data
+        more = "let pictures come more often, as in --classes NAME:4" if dataset.classes else "add pictures"
+        remedy = f"use --batch-size {N} or less, or {more}"
+        raise UserError(f"{asked} has {N} images per epoch, fewer than --batch-size {args.batch_size}: {remedy}")
     if args.repa and args.repa_block > config.depth:
         raise UserError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
     if args.repa and args.dino == "emoji":
@@ -268,6 +267,7 @@ def check_run(args, dataset, config):
     for package in ("tensorboard", "wandb"):
         if getattr(args, package) and not args.dry_run:
             require(package)
+    return args.init and check_init(args.init, config, args.dry_run)
 
 
 def planned(args, config, world, precision):
@@ -275,4 +275,5 @@ def planned(args, config, world, precision):
     names = ("batch_size", "micro_batch", "recompute", "compile", "optimizer", "gpu", "mfu", "bandwidth")
     # The emoji's small teacher does not count: a tenth of Nano's work and 2 % of its weights.
     repa = bool(args.repa) and args.dino != "emoji"
-    return Plan(config, world=world, precision=precision, repa=repa, **{name: getattr(args, name) for name in names})
+    how = {name: getattr(args, name) for name in names}
+    return Plan(config, world=world, precision=precision, repa=repa, conv=args.repa_projector == "conv", **how)

@@ -20,6 +20,8 @@ from data import center_crop, open_dataset
 from runtime.files import UserError, pictures_below, read_image, whole_file
 
 MAX_SIDE, MAX_COUNT = 2048, 2_000_000  # larger claims are refused: a batch and all features must fit in memory
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
+PUBLISHED = {256: f"{ADM}256/VIRTUAL_imagenet256_labeled.npz", 512: f"{ADM}512/VIRTUAL_imagenet512.npz"}
 MAX_FEATURES = 100_000  # rows of saved features that are read; precision and recall need no more
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}  # of Inception
 
@@ -59,6 +61,24 @@ def open_pictures(spec, resolution=None, workers=4, exif="ignore"):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, H, W)
 
     return _from_items(spec, files, load, workers)
+
+
+def open_reference(spec, flag, side, resolution=None, workers=4, exif="ignore"):
+    """What samples of `side` pixels are compared with: `open_pictures`, with help where it is missing.
+
+    spec: as there, or None where nothing was given; flag: what takes it on the command line. UserError, which says
+    where the published reference of that size is.
+    """
+    if spec is not None and (str(spec) == "emoji" or os.path.exists(spec)):
+        return open_pictures(spec, resolution, workers, exif)
+    missing = f"{flag} is missing" if spec is None else f"{flag} {spec}: no such file or directory"
+    published = (
+        f"ADM's for ImageNet {side} is at {PUBLISHED[side]}"
+        if side in PUBLISHED
+        else f"none is published for {side} pixels"
+    )
+    own = "eval_fid.py REAL SAMPLES --save-stats FILE makes one of your own pictures"
+    raise UserError(f"{missing}; {published}, and {own}")
 
 
 def pictures_of(dataset, name, workers=4):

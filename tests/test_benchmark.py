@@ -58,11 +58,14 @@ def test_the_yardstick_is_the_best_of_some_products(monkeypatch):
     assert benchmark.matmul_rate(torch.float32, CPU, size=512) == 2 * 64**3 / seconds and sizes[2:] == [64]
 
 
-@pytest.mark.parametrize("figure", ["Nano-train", "L-forward", "guided", "image", "memory", "cost"])
+@pytest.mark.parametrize(
+    "figure", ["Nano-train", "XXL-forward", "XXL-train", "L-forward", "guided", "image", "memory", "cost"]
+)
 def test_every_line_of_a_figure_can_be_measured(figure):
     """On a tiny model in the place of its own. Catches a setting that no function takes."""
     for _, _, _, prepare, _ in benchmark.MODELS[figure]:
-        seconds, peak = benchmark.measure(TINY, prepare, 1, "fp32", False, CPU)
+        text = figure.startswith("XXL")
+        seconds, peak = benchmark.measure(TEXT_PRESETS["Nano"] if text else TINY, prepare, 1, "fp32", False, CPU)
         assert seconds > 0 and peak > 0.1
 
 
@@ -76,6 +79,18 @@ def test_a_figure_counts_the_passes_that_the_model_makes(figure, images):
     for _, _, _, prepare, _ in lines:
         prepare(model, torch.randn(1, 3, 16, 16), torch.tensor([0]), "fp32", False)()
     assert seen == images and sum(images) == sum(passes for *_, passes in lines)
+
+
+def test_what_does_not_fit_into_memory_is_said_and_left_out(monkeypatch, capsys):
+    """A training step of XXL holds five times its 4.7 GB. Catches a figure that kills the run, or ends without a word."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "XXL-train", "--compile", "off", "--device", "cpu"])
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype, device: 1e9)
+    monkeypatch.setattr(benchmark, "available_memory", lambda device: 20e9)
+    monkeypatch.setattr(benchmark, "in_new_process", None)
+    benchmark.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training step XXL/16 at 256")]
+    assert len(rows) == 2 and all("not measured: its weights need 23.4 GB, 20.0 GB are free" in row for row in rows)
+    assert benchmark.lacking(TEXT_PRESETS["XXL"], 1, CPU) is None
 
 
 def test_a_model_of_sentences_is_measured_like_one_of_classes():

@@ -227,3 +227,15 @@ def test_without_the_flags_neither_package_is_imported(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     assert train(tmp_path / "run", "--steps", 1, "--log-every", 1)[0] == 0
     assert metrics(tmp_path / "run")[0]["step"] == 1
+
+
+def test_a_slow_run_says_how_slow(tmp_path, monkeypatch, capsys):
+    """XL on a CPU: 60 s a step of 4. Catches `0 images/s`, on the terminal and in metrics.jsonl."""
+    clock = iter([100.0, 400.0, 400.5])
+    monkeypatch.setattr("runtime.log.time.perf_counter", lambda: next(clock))
+    log = Log(tmp_path, Processes(), 0, 800_000, 4)
+    log.training(5, {"loss": 1.0})
+    log.training(6, {"loss": 1.0})
+    slow, fast = capsys.readouterr().out.splitlines()
+    assert "0.067 images/s, 60 s a step, 555 days" in slow and "8 images/s, 4" in fast
+    assert [line["images_per_second"] for line in metrics(tmp_path)] == [0.06667, 8.0]

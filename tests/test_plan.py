@@ -6,13 +6,24 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import refuses
+from helpers import complaint, refuses, run_script
 from helpers import train as run
 
 import train
 from model import PRESETS, PixNerd, PixNerdConfig
 from pretrained.dinov2 import DINOv2
-from runtime.plan import EAGER, TEACHER_DEPTH, TEACHER_WEIGHTS, TEACHER_WIDTH, Plan, epochs_to_steps, training_flops
+from runtime.flops import forward_flops
+from runtime.plan import (
+    EAGER,
+    GPUS,
+    TEACHER_DEPTH,
+    TEACHER_WEIGHTS,
+    TEACHER_WIDTH,
+    Plan,
+    epochs_to_steps,
+    training_flops,
+)
+from text_model import PRESETS as TEXT_PRESETS
 
 BASELINE_L = dataclasses.replace(PRESETS["L"], depth=24, decoder="linear")
 SMALL = PixNerdConfig(
@@ -31,17 +42,17 @@ def test_table_1_of_the_paper_is_planned_within_a_tenth(config, seconds, gigabyt
     assert (cost.weights + cost.kept) / 1e9 == pytest.approx(gigabytes, rel=0.1)
 
 
-@pytest.mark.parametrize("repa", [False, True])
-def test_weights_are_those_of_a_real_model(repa):
+@pytest.mark.parametrize("repa, projector", [(False, "mlp"), (True, "mlp"), (True, "conv")])
+def test_weights_are_those_of_a_real_model(repa, projector):
     """Counted on the very modules that train.py trains: model, projector, and the average of the model alone."""
-    student = train.Student(PixNerd(SMALL), 2, TEACHER_WIDTH if repa else 0)
+    student = train.Student(PixNerd(SMALL), 2, TEACHER_WIDTH if repa else 0, projector)
     optimizer = torch.optim.AdamW(student.parameters())
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     held = [t for p in student.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t.numel() > 1]
     held += student.model.parameters()  # as many again in the average
-    cost = Plan(SMALL, 8, repa=repa)
+    cost = Plan(SMALL, 8, repa=repa, conv=projector == "conv")
     assert cost.parameters == sum(p.numel() for p in student.parameters())
     assert cost.weights == sum(4 * t.numel() for t in held) + (4 * TEACHER_WEIGHTS if repa else 0)
 
@@ -120,6 +131,67 @@ def test_a_ring_sends_each_gradient_twice_but_for_one_hop():
     for world, share in ((1, 0), (2, 1), (8, 7 / 4)):
         cost = Plan(SMALL, 8, world=world, gpu="h100", bandwidth=1)
         assert cost.traffic == 4 * cost.parameters * share and cost.exchange == cost.traffic / 1e9
+
+
+def test_what_does_not_fit_the_card_is_said_and_what_fits_beside_it():
+    """Each proposal is planned to fit. Catches silence about 94 GB on a card of 80, and proposals that do not fit."""
+    xl_512 = dataclasses.replace(PRESETS["XL"], resolution=512)
+    for plan in (Plan(xl_512, 256, world=8, gpu="a100"), Plan(TEXT_PRESETS["XXL"], 1536, world=16, gpu="a100-40")):
+        text, proposals = plan.describe(1000, 10, "it", 2), plan.fitting()
+        assert f"MORE THAN the {plan.memory / 1e9:.0f} GB" in text and proposals
+        for flags, fitting in proposals:
+            words = dict(zip(flags.split()[::2], flags.split()[1::2]))
+            changed = {"micro_batch": int(words.get("--micro-batch", 0)) or None}
+            again = dataclasses.replace(plan, **changed, recompute=words.get("--recompute", plan.recompute))
+            assert again.need == fitting.need < plan.memory and f"fits with {flags}" in text
+    close = Plan(PRESETS["XL"], 8 * 40, world=8, gpu="a100-40")
+    assert close.need < close.memory and "may not fit the 40 GB" in close.describe(1000, 10, "it", 2)
+    assert "fit" not in Plan(PRESETS["XL"], 256, world=8, gpu="a100").describe(1000, 10, "it", 2)
+    hopeless = Plan(dataclasses.replace(TEXT_PRESETS["XXL"], depth=64), 8, gpu="a100-40")
+    assert hopeless.fitting() == [] and "nothing makes it fit" in hopeless.describe(1000, 10, "it", 2)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_kind_of_gpu_can_be_planned(gpu):
+    text = Plan(SMALL, 8, world=2, gpu=gpu).describe(1000, 10, "it", 2)
+    assert f"on 2 x {gpu}" in text and "(--bandwidth)" in text
+
+
+def test_projector_teacher_and_text_encoder_are_named_with_their_share():
+    """The shares are those of the step's FLOPs. Catches a projector that hides in the number of parameters."""
+    plain = Plan(TEXT_PRESETS["XXL"], 1536, world=16)
+    plan = Plan(TEXT_PRESETS["XXL"], 1536, world=16, repa=True)
+    text = plan.describe(1000, 10, "XXL", 2)
+    assert f"{(plan.parameters - plain.parameters) / 1e6:.1f} M of them in the projector" in text
+    encoder = (plain.flops - 3 * forward_flops(plain.config)) / plan.flops
+    assert f"Qwen3-1.7B, frozen: 3.4 GB, {encoder:.0%} of the step" in text and "ViT-B/14, frozen: 0.3 GB" in text
+    small = Plan(SMALL, 8).describe(1000, 10, "it", 2)
+    assert "projector" not in small and "frozen" not in small
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--size XL --resolution 512 --init xl", None),
+        ("--size L --init xl", "xl was trained with hidden_size=1152, but this run asks for 1024"),
+        ("--size XL --init xxl", "xxl draws from text, and this run is to draw from classes"),
+        ("--recipe text-512 --init xxl", None),
+        ("--recipe text-256 --init xxl --depth 10", "xxl was trained with depth=16, but this run asks for 10"),
+        ("--size XL --init xll", "--init xll is neither a file nor a name: the names are xl, xl-512, xxl, emoji"),
+        ("--size XL --init emoji", "emoji-nano.pt was trained with patch_size=8, but this run asks for 16"),
+    ],
+)
+def test_a_plan_checks_what_the_run_starts_from_without_a_download(flags, words, monkeypatch):
+    monkeypatch.setattr("runtime.models.cached_download", None)
+    if words:
+        assert words in complaint("train.py", *flags.split(), "--dry-run")
+    else:
+        assert run_script("train.py", *flags.split(), "--dry-run")[0] == 0
+
+
+def test_a_plan_says_which_file_it_could_not_check(tmp_path):
+    status, stdout, _ = run_script("train.py", "--size", "XL", "--init", tmp_path / "last.pt", "--dry-run")
+    assert status == 0 and "last.pt is not here: whether it fits is not checked" in stdout
 
 
 def test_epochs_become_steps_that_show_every_image():

@@ -516,7 +516,8 @@ def test_class_folders_of_another_number_are_refused_before_step_1(folder, tmp_p
 def test_bad_data_sets_are_named(folder, tmp_path):
     out = tmp_path / "run"
     assert "nowhere" in refuses(out, "--data", tmp_path / "nowhere")
-    assert "6 images per epoch, fewer than --batch-size 8" in refuses(out, "--data", folder, "--batch-size", 8)
+    few = refuses(out, "--data", folder, "--batch-size", 8)
+    assert "6 images per epoch, fewer than --batch-size 8: use --batch-size 6 or less, or" in few
     (folder / "dog" / "0.png").write_bytes(b"")
     for workers in (0, 1):
         assert "0.png" in refuses(out, "--data", folder, "--steps", 9, "--workers", workers)
@@ -672,4 +673,7 @@ def test_evaluation_while_training_logs_the_emoji_distance_and_fid(tmp_path):
     assert status == 0, stderr
     scores = json.loads((tmp_path / "fid" / "metrics.jsonl").read_text().splitlines()[-1])
     assert scores["fid"] > 0 and scores["inception_score"] >= 1
-    assert "--eval-ref" in refuses(tmp_path / "x", "--eval-every", 1, "--resolution", 64)
+    missing = refuses(tmp_path / "x", "--eval-every", 1, "--resolution", 64)
+    assert (
+        "--eval-ref is missing; none is published for 64 pixels, and eval_fid.py REAL SAMPLES --save-stats" in missing
+    )
