@@ -4,6 +4,7 @@
 # make page: set up with gradio, open the page on the models of this repository.
 # make test-all: install the optional packages too and run everything: the slow tests, and those of the page, which need
 # Chromium or Chrome.
+# make test-gpu: what only a GPU can show, some minutes on one; ends in a table for docs/gpus.md. Skipped without a GPU.
 # It needs Python 3.11 or newer and a network for pip. PyTorch's small build for CPUs, on Linux:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
@@ -32,6 +33,9 @@ test: .venv/ready
 test-all: .venv/ready-for-all
 	$(RUN) -m pytest -q -rs tests
 
+test-gpu: .venv/ready
+	$(RUN) -m pytest -q -rs -m gpu tests/test_gpu.py
+
 # Each marker is written last, so a broken installation is not taken for a finished one.
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -49,4 +53,4 @@ test-all: .venv/ready-for-all
 clean:
 	rm -rf .venv samples.png
 
-.PHONY: demo text page test test-all clean
+.PHONY: demo text page test test-all test-gpu clean

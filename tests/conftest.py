@@ -15,6 +15,12 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_runtest_setup(item):
+    """Skips what needs a GPU where there is none; here and not in a fixture, so that all of them count as one reason."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU, where `make test-gpu` runs it")
+
+
 @pytest.fixture
 def golden():
     """golden("c2i_square")["v"] is a tensor of that file of tests/golden; its README says what each one holds."""

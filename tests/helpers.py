@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 
 import numpy as np
 import torch
@@ -80,6 +81,23 @@ def text_state():
     torch.nn.init.normal_(model.decoder.output.weight, std=0.5)
     model.null_features.copy_(load_text_encoder("words", 8, 4).null)
     return {"format": FORMAT, "config": dataclasses.asdict(TINY_TEXT), "ema": model.state_dict()}
+
+
+def inception_recipe(shapes):
+    """The weights behind tests/golden/inception.npz: each tensor of {name: shape} drawn from a seed made of its name."""
+    weights = {}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        random = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+        if name.endswith("conv.weight") or name == "fc.weight":
+            random *= np.sqrt(2 / np.prod(shape[1:]))  # keeps activations at one scale through 94 layers
+        elif name.endswith("running_var"):
+            random = 1 + 0.1 * np.abs(random)
+        else:
+            random = 0.1 * random + name.endswith("bn.weight")
+        weights[name] = torch.tensor(random, dtype=torch.float32)
+    return weights
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 import argparse
 import ast
+import os
+import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from helpers import ROOT, run_script
@@ -134,3 +138,47 @@ def test_the_classes_of_make_demo_are_known_to_the_data():
     names = words[words.index("--classes") + 1].split(",")
     chosen = SomeClasses(open_dataset("emoji", 32), names)
     assert chosen.classes == [name.rpartition(":")[0] or name for name in names]
+
+
+def test_every_recipe_of_the_cluster_page_fits_its_machine(monkeypatch):
+    """Planned as the row's own machine: "8 A100, 40 GB". Catches a recipe for which the card is too small."""
+    monkeypatch.setattr("runtime.models.cached_download", None)
+    row = r"^\| [^|]+ \| (\d+) A100, (\d+) GB \| `torchrun [^|]*?train.py ([^|`]*)` \|"
+    rows = re.findall(row, (ROOT / "docs" / "gpus.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 6
+    for world, memory, flags in rows:
+        card = {"80": "a100", "40": "a100-40"}[memory]
+        status, stdout, stderr = run_script(
+            "train.py", *shlex.split(flags), "--dry-run", "--world-size", world, "--gpu", card
+        )
+        assert status == 0 and "GPU-hours" in stdout, stderr
+        assert "fit" not in stdout.replace("whether it fits is not checked", ""), flags
+
+
+@pytest.mark.slow
+def test_the_script_of_the_cluster_page_goes_from_pictures_to_a_distance_and_goes_on_where_it_stopped(tmp_path):
+    """On a CPU, without SLURM: to the end; again with nothing new; longer; and what is wrong stops it."""
+    small = "--device cpu --compile off --preview-every 0"
+    environment = os.environ | {
+        **{"OUT": str(tmp_path / "run"), "GPUS": "1", "NUM": "207", "REFERENCE": "emoji", "TRAIN": small},
+        **{"SAMPLE": "--device cpu --steps 2 --batch-size 100", "EVAL": "--features emoji --device cpu"},
+        **{"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+    }
+
+    def submit(**changes):
+        command = ["bash", "docs/imagenet.sh"]
+        return subprocess.run(command, cwd=ROOT, env=environment | changes, capture_output=True, text=True)
+
+    first = submit(STEPS="4")
+    assert first.returncode == 0, first.stderr
+    samples = tmp_path / "run" / "samples-4.npz"
+    written = samples.stat().st_mtime_ns
+    assert "emoji distance" in first.stdout
+    again = submit(STEPS="4")
+    assert again.returncode == 0 and samples.stat().st_mtime_ns == written and "training" not in again.stdout
+    longer = submit(STEPS="6")
+    assert "resuming" in longer.stdout and (tmp_path / "run" / "samples-6.npz").exists(), longer.stderr
+    broken = submit(STEPS="9", TRAIN="--data nowhere")
+    assert broken.returncode == 1 and "has not reached step 9: submit this again" in broken.stderr
+    missing = submit(REFERENCE="nowhere.npz")
+    assert missing.returncode == 1 and "see docs/gpus.md for its address" in missing.stderr

@@ -3,12 +3,11 @@
 import collections
 import hashlib
 import pathlib
-import zlib
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, inception_recipe
 
 from pretrained.inception import InceptionV3, load_inception, resize_tf1
 from runtime.files import UserError
@@ -18,25 +17,10 @@ NAMES = GOLDEN["names"].tolist()
 SHAPES = {name: value.shape for name, value in InceptionV3().state_dict().items()}
 
 
-def recipe_weights():
-    """The weights behind the golden numbers: each tensor drawn from a seed made of its name."""
-    weights = {}
-    for name in NAMES:
-        random = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(SHAPES[name]))
-        if name.endswith("conv.weight") or name == "fc.weight":
-            random *= np.sqrt(2 / np.prod(SHAPES[name][1:]))  # keeps activations at one scale through 94 layers
-        elif name.endswith("running_var"):
-            random = 1 + 0.1 * np.abs(random)
-        else:
-            random = 0.1 * random + name.endswith("bn.weight")
-        weights[name] = torch.tensor(random, dtype=torch.float32)
-    return weights
-
-
 @pytest.fixture(scope="module")
 def model():
     network = InceptionV3()
-    network.load_state_dict(recipe_weights())  # strict: also proves that no name is missing
+    network.load_state_dict(inception_recipe(SHAPES))  # strict: also proves that no name is missing
     return network
 
 
