@@ -16,7 +16,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_runtest_setup(item):
-    """Skips what needs a GPU where there is none; here and not in a fixture, so that all of them count as one reason."""
+    """Skips what needs a GPU where there is none; here and not in a fixture, so that all are counted as one reason."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU, where `make test-gpu` runs it")
 

@@ -84,7 +84,7 @@ def text_state():
 
 
 def inception_recipe(shapes):
-    """The weights behind tests/golden/inception.npz: each tensor of {name: shape} drawn from a seed made of its name."""
+    """The weights behind golden/inception.npz: each tensor of {name: shape}, drawn from a seed made of its name."""
     weights = {}
     for name, shape in shapes.items():
         if name.endswith("num_batches_tracked"):

@@ -82,7 +82,7 @@ def test_a_figure_counts_the_passes_that_the_model_makes(figure, images):
 
 
 def test_what_does_not_fit_into_memory_is_said_and_left_out(monkeypatch, capsys):
-    """A training step of XXL holds five times its 4.7 GB. Catches a figure that kills the run, or ends without a word."""
+    """A training step of XXL holds five times its 4.7 GB. Catches a figure that kills the run or says nothing."""
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "XXL-train", "--compile", "off", "--device", "cpu"])
     monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype, device: 1e9)
     monkeypatch.setattr(benchmark, "available_memory", lambda device: 20e9)

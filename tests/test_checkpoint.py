@@ -283,7 +283,7 @@ def test_loading_a_large_file_needs_the_memory_of_its_ema_only(tmp_path):
 # ---- starting from another checkpoint --------------------------------------------------------------------------------
 
 
-OTHER = {"decoder": "linear", "field_norm": "none", "encoding": "sincos"} | {
+OTHER = {"prediction": "clean", "decoder": "linear", "field_norm": "none", "encoding": "sincos"} | {
     "patch_size": 8,
     "hidden_size": 64,
     "num_heads": 4,

@@ -352,7 +352,7 @@ def test_a_run_on_the_gpu_resumes(tmp_path, gpu):
 
 
 def test_nccl_shares_gradients_also_in_a_group_of_one(gpu):
-    """DistributedDataParallel on NCCL, with a micro-batch that only adds up: twice the gradient of one backward pass."""
+    """DistributedDataParallel, with a micro-batch that only adds up: twice the gradient of one backward pass."""
     model, x, t, y = build(TINY, gpu)
     with full_float32():
         alone = gradients(model, x, t, y, "fp32")
