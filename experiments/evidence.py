@@ -261,7 +261,8 @@ def write_page(claims, records, study, not_here, docs, real_border, plots=False)
     """Writes docs/evidence.md and before it, with `plots`, docs/evidence/CLAIM.png, from the records of this study."""
     folder = pathlib.Path(docs) / EVIDENCE.name
     for key, claim in claims.items():
-        if plots and claim.kind == "train" and any(by_seed(records, name) for name in claim.rows()):
+        found = [name for name in claim.rows() if by_seed(records, name)]
+        if plots and claim.kind == "train" and len(found) > 1:
             plot_claim(claim, records, folder / f"{key}.png")
     with whole_file(pathlib.Path(docs) / PAGE.name) as temporary:
         text = page_text(claims, records, study, not_here, folder, real_border)
