@@ -322,10 +322,16 @@ def machine():
 
 
 def code_version():
-    """The commit of the code, with -dirty where it was changed since, or "unknown"."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    found = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """The commit of the code, with -dirty where code was changed since, or "unknown"."""
+
+    def git(*words):
+        here = pathlib.Path(__file__).parent.parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+
+    commit = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    # The runs themselves, which are kept in docs/, are no change of the code.
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!docs").returncode
+    return f"{commit}{'-dirty' if changed else ''}" if commit else "unknown"
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
