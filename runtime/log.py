@@ -80,7 +80,7 @@ class Log:
 
     def __init__(self, out, processes, step, steps, batch_size, flops=0, peak=0):
         self.out, self.processes, self.writes = pathlib.Path(out), processes, processes.rank == 0
-        self.start, self.step, self.steps, self.batch_size = step, step, steps, batch_size
+        self.start, self.step, self.steps, self.batch_size, self.compiling = step, step, steps, batch_size, True
         self.flops, self.peak, self.board, self.run = flops, peak, None, None
         self.scored = cut_metrics(self.out / "metrics.jsonl", step) if self.writes else set()
         self.since = time.perf_counter()  # the time of `step`, moved on by pauses
@@ -168,10 +168,15 @@ class Log:
 
     @contextlib.contextmanager
     def pause(self):
-        """with log.pause(): time that is not training's, as for saves and previews."""
+        """with log.pause(): time that is not training's, as for saves and previews; after every step.
+
+        The first step of a start, which compiles, is not training's either: the speed is that of the steps after it.
+        """
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
+        if self.compiling:
+            self.step, self.since, self.compiling = self.start + 1, time.perf_counter(), False
 
     def close(self, step, stopped_by=0):
         """Ends the optional logs, which send what is left, and prints how the run ended."""

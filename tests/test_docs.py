@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib.util
 import os
 import pathlib
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, run_script
+from helpers import ROOT, noise_picture, run_script
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from data import open_dataset
@@ -53,6 +54,21 @@ def makefile_commands():
     """What the Makefile runs by the Python of its virtual environment, one string each."""
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     return re.findall(r"^\t(\$\(RUN\) \w+\.py .*)$", text, re.MULTILINE)
+
+
+RUNNABLE = re.compile(r"^<!-- runnable -->\n```[a-z]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# What makes the commands of a page short; the last flag of a kind counts.
+SHORT = {
+    "train.py": "--steps 2 --batch-size 2 --log-every 1 --preview-every 0 --compile off --device cpu",
+    "sample.py": "--steps 2 --num 1 --compile off --device cpu",
+    "experiments/nearest.py": "--num 2 --device cpu",
+}
+
+
+def runnable_commands(text):
+    """The commands of the blocks of a page that are marked <!-- runnable -->, in their order, as lists of words."""
+    lines = [line for block in RUNNABLE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.split("#")[0].strip()]
 
 
 COMMANDS = sorted({line for page in PAGES for line in command_lines(page.read_text())}) + makefile_commands()
@@ -131,6 +147,29 @@ def test_every_command_names_a_script_and_flags_that_it_has(line, monkeypatch):
     except Parsed:
         return
     pytest.fail(f"{line}\nended with status {status}: {stderr}")
+
+
+def test_marked_blocks_are_found_and_others_are_not():
+    page = "```\npython a.py\n```\n\n<!-- runnable -->\n```\npython b.py \\\n  --x 1  # why\n\npython -m c.d\n```\n"
+    assert runnable_commands(page) == [["python", "b.py", "--x", "1"], ["python", "-m", "c.d"]]
+    assert sum(bool(runnable_commands(page.read_text())) for page in PAGES) >= 2
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if RUNNABLE.search(page.read_text())], ids=lambda page: page.name
+)
+def test_every_block_that_is_marked_runnable_runs(page, tmp_path, monkeypatch):
+    """From its first command to its last, in a folder that holds PHOTOS and nothing else. Catches pages that rot."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "PHOTOS").mkdir()
+    for i in range(4):
+        noise_picture(80, 100, i).save(tmp_path / "PHOTOS" / f"{i}.jpg")
+    for words in runnable_commands(page.read_text()):
+        assert words[0] == "python", f"{page.name} marks a block runnable that is not of Python alone: {words}"
+        script, flags = (words[2].replace(".", "/") + ".py", words[3:]) if words[1] == "-m" else (words[1], words[2:])
+        status, _, stderr = run_script(script, *flags, *SHORT.get(script, "").split())
+        if "needs matplotlib" not in stderr or importlib.util.find_spec("matplotlib"):
+            assert status == 0, f"{' '.join(words)}: {stderr}"
 
 
 def test_the_classes_of_make_demo_are_known_to_the_data():
