@@ -142,8 +142,9 @@ CLAIMS = {
     ),
     "prediction": Claim(
         "JiT (arXiv 2511.13720): predict the clean image or the velocity, for both decoders",
-        "JiT: a linear decoder of large patches needs the clean image; of fields nobody has said anything",
-        (("linear, clean", "linear", -1), ("field, clean", "field", 0), ("field, clean", "linear, clean", 0)),
+        "JiT: a linear decoder needs the clean image where a patch has more numbers than a token; here it has fewer, "
+        "so nothing is said of this world, nor of fields",
+        (("linear, clean", "linear", 0), ("field, clean", "field", 0), ("field, clean", "linear, clean", 0)),
     ),
     "normalisation": Claim(
         "Fig. 6a: what of the field is normalised",
