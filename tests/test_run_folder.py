@@ -122,7 +122,8 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(
 def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
     """SIGHUP, and from then on each line that is printed fails. Catches: steps lost with the terminal."""
     master, terminal = pty.openpty()
-    code = "import fcntl, os, runpy, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); del sys.argv[0]; "
+    code = "import fcntl, os, runpy, signal, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); del sys.argv[0]; "
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # as from a shell, also where the tests run under nohup
     training = command(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--log-every", 1)
     process = subprocess.Popen(
         [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')", *training],
