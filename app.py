@@ -33,6 +33,7 @@ PORT = number(int, lambda value: 1 <= value <= 65_535, "a port, 1 to 65,535")
 
 
 def settings(asked):
+    """What the files of a job say of their pictures, as sample.py's do."""
     return settings_of(asked.flags, asked.served.hash, asked.served.device, asked.size)
 
 
@@ -109,6 +110,7 @@ def look_job(send, asked, baseline, number):
 
 
 def main():
+    """Reads the flags, loads the models, and serves the page until it is stopped."""
     parser = argparse.ArgumentParser(description="PixNerd as a web page.")
     add = parser.add_argument
     add("--ckpt", default="", help="more models: files, xl, xl-512, xxl; several with commas")
@@ -124,8 +126,10 @@ def main():
     keep_memory()
     device = pick_device(args.device)
     shipped = [name for name, (path, _) in SHIPPED_FILES.items() if path.exists()]
-    names = dict.fromkeys([*shipped, *filter(None, args.ckpt.split(","))])
-    models = {name: Served(name, args.text_encoder, device) for name in reversed(names)}  # the user's first
+    names = dict.fromkeys(
+        [*reversed(list(filter(None, args.ckpt.split(",")))), *shipped]
+    )  # the user's last comes first
+    models = {name: Served(name, args.text_encoder, device) for name in names}
     baseline = find_model(args.baseline).to(device) if args.baseline else None
     if baseline is not None and baseline.config.decoder != "linear":
         raise UserError(f"--baseline {args.baseline} has no linear decoder: train one by train.py --decoder linear")

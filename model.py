@@ -59,12 +59,15 @@ class PixNerdConfig:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {least}")
         self.token_grid(self.resolution, self.resolution)
 
-    def token_grid(self, height, width):
-        """(rows, columns) of tokens in an image of height x width pixels. ValueError if patches do not fill it."""
+    def token_grid(self, height, width, grid=None):
+        """(rows, columns) of tokens for height x width pixels, or `grid`. ValueError if patches do not fill them."""
         P = self.patch_size
-        if height < 1 or width < 1 or height % P or width % P:
+        if not grid and (height < 1 or width < 1 or height % P or width % P):
             raise ValueError(f"an image of {height}x{width} pixels cannot be cut into patches of {P}")
-        return height // P, width // P
+        rows, columns = grid or (height // P, width // P)
+        if height % rows or width % columns:
+            raise ValueError(f"{rows}x{columns} tokens cannot share an image of {height}x{width} pixels equally")
+        return rows, columns
 
 
 # L and XL are the paper's (sections 4.1, 4.2); B and S keep DiT's shapes of those names with L's field; Nano is ours,
@@ -257,14 +260,11 @@ class PixNerd(nn.Module):
             raise ValueError(f"features_at is {features_at}, but the blocks are 1 to {self.config.depth}")
         B, C, H, W = x.shape
         P = self.config.patch_size
-        rows, columns = grid or self.config.token_grid(H, W)
-        if H % rows or W % columns:
-            raise ValueError(f"{rows}x{columns} tokens cannot share an image of {H}x{W} pixels equally")
+        rows, columns = self.config.token_grid(H, W, grid)
         height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
-        trunk_x = x  # (B, C, H, W), which is (B, C, rows*P, columns*P) where a patch has the trained size
-        if (height, width) != (P, P):
-            # Nearest, as released: an average of neighbours would shrink the noise, and the trunk would see another t.
-            trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P)
+        # Nearest, as released: an average of neighbours would shrink the noise, and the trunk would see another t.
+        # Where a patch has the trained size, this is x itself.
+        trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P)
 
         h = self.patch_embed(patchify(trunk_x, P, P).flatten(2))  # (B, L, D)
         t_emb = self.time_embed(t)  # (B, D)

@@ -37,7 +37,7 @@ A_WEEK = 7 * 24 * 3600.0  # seconds that a process waits for the others, at the 
 
 def settings_of(flags, model, device, size):
     """What every file says of its pictures: {name: value} of all `flags` that change them; model: its weights_hash."""
-    kept = {name: value for name, value in flags.items() if name not in NO_SETTINGS}
+    kept = {name: value for name, value in flags.items() if name not in NO_SETTINGS and value is not None}
     size = f"{size[0]}x{size[1]}"
     return kept | {"ckpt": pathlib.Path(flags["ckpt"]).name, "device": device.type, "size": size, "model": model}
 

@@ -172,12 +172,9 @@ class TextPixNerd(nn.Module):
             raise ValueError(f"text features have shape {tuple(y.shape)}, not {(len(x), M, E)}")
         B, C, H, W = x.shape
         P = self.config.patch_size
-        rows, columns = grid or self.config.token_grid(H, W)
-        if H % rows or W % columns:
-            raise ValueError(f"{rows}x{columns} tokens cannot share an image of {H}x{W} pixels equally")
+        rows, columns = self.config.token_grid(H, W, grid)
         height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
-        # Nearest, as in PixNerd; where a patch has the trained size, this is x itself.
-        trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P)
+        trunk_x = F.interpolate(x, (rows * P, columns * P))  # (B, C, rows*P, columns*P): nearest, as in PixNerd
 
         t_emb = self.time_embed(t)  # (B, D)
         c = F.silu(t_emb).unsqueeze(1)  # (B, 1, D)

@@ -23,7 +23,8 @@ from pretrained.text_encoders import words
 from runtime.files import UserError, run, whole_file
 from runtime.models import find_model
 from runtime.prompts import open_encoder
-from samplers import generate, image_noise, time_grid
+from sample import draw
+from samplers import time_grid
 
 ONE_IN = 25
 AT_ONCE = 64
@@ -47,14 +48,13 @@ def ranks(drawn, real, names, wanted):
     return torch.tensor(found)  # (N)
 
 
-def draw(model, encoder, prompts, **how):
+def draw_each(model, encoder, prompts, seed, temperature, steps, shift, cfg):
     """One picture of each prompt, image number i from the noise of number i: uint8 (N, 3, H, W)."""
+    how = dict(times=time_grid(steps, shift), scale=cfg, interval=(0.0, 1.0), solver="adams")
     size, images = (model.config.resolution, model.config.resolution), []
-    for start in range(0, len(prompts), AT_ONCE):
-        some = prompts[start : start + AT_ONCE]
-        noise = how["temperature"] * image_noise(how["seed"], range(start, start + len(some)), size)  # (B, 3, H, W)
-        times = time_grid(how["steps"], how["shift"])
-        images.append(generate(model, encoder.encode(some), noise, times, how["cfg"], (0.0, 1.0), "adams"))
+    for numbers in torch.arange(len(prompts)).split(AT_ONCE):
+        y = encoder.encode([prompts[i] for i in numbers])  # (B, M, E)
+        images.append(draw(model, y, numbers.tolist(), size, seed, temperature, **how))
     return torch.cat(images)  # (N, 3, H, W)
 
 
@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--hold-out", help="the captions that it was not trained on, as for train.py")
     parser.add_argument("--num", type=int, help="names that are drawn, spread over all (default: all)")
     parser.add_argument("--write-list", help="write the list of held-out names to this file, and stop")
-    for name, value in (("cfg", 2.0), ("shift", 2.0), ("temperature", 0.8), ("steps", 25), ("seed", 0)):
+    for name, value in (("cfg", 2.5), ("shift", 2.0), ("temperature", 0.8), ("steps", 25), ("seed", 0)):
         parser.add_argument(f"--{name}", type=type(value), default=value)
     args = parser.parse_args()
     emoji = open_dataset("emoji", 32, captions=True)
@@ -105,7 +105,7 @@ def main():
         groups["held out"] = [i for i, name in enumerate(wanted) if name in unseen]
         groups["held out, of known words"] = [i for i in groups["held out"] if known.issuperset(words(wanted[i]))]
     how = {name: getattr(args, name) for name in ("cfg", "shift", "temperature", "steps", "seed")}
-    images = draw(model, encoder, wanted, **how)
+    images = draw_each(model, encoder, wanted, **how)
     real = torch.stack([emoji.picture(i) for i in range(len(emoji))])  # (R, 3, 32, 32)
     table = measure(images, real, names, wanted, groups)
     print(json.dumps({"ckpt": args.ckpt, **how}))

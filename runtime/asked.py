@@ -99,7 +99,7 @@ def read(models, values, limit, film=False, inside=False):
     how |= dict(order=flags["order"], grid=grid, precision=served.precision)
     count, densities = (1, DENSITIES[1:]) if inside else (flags["num"], ())
     y = y.expand(count, *y.shape[1:])  # (N, ...)
-    grid = grid or config.token_grid(*size)
+    grid = config.token_grid(*size, grid)
     largest = [side * max(densities, default=1) for side in size]
     check_memory(config, count, largest, grid, served.device, count * len(solvers), (flags["steps"] + 1) * film)
     velocities = count * flags["steps"] * sum(2 if solver == "heun" else 1 for solver in solvers)

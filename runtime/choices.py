@@ -96,7 +96,8 @@ def _refuse_noise(config, grid, patch):
     """UserError for twice the trained tokens and more, and for patches too small for the waves of their encoding."""
     P, trained = config.patch_size, config.resolution // config.patch_size
     if max(grid) > 2 * trained:
-        remedy = f"--resolution {2 * config.resolution} is the most, and --upscale gives more pixels"
+        most = f"{2 * trained}x{2 * trained} tokens ({2 * config.resolution} pixels)"
+        remedy = f"{most} are the most, and --upscale gives more pixels"
         tokens = f"{grid[0]}x{grid[1]} tokens, and the model was trained with {trained}x{trained}"
         raise UserError(f"--resolution asks for {tokens}, so nothing but noise would come out: {remedy}")
     if config.decoder == "field" and min(patch) < P and min(patch) < (finest := waves(config)):
@@ -111,7 +112,7 @@ def far_from_training(config, size, grid):
     size, grid: as find_size returns them.
     """
     P, trained, remarks = config.patch_size, config.resolution // config.patch_size, []
-    rows, columns = grid or config.token_grid(*size)
+    rows, columns = config.token_grid(*size, grid)
     tokens = f"{rows}x{columns} tokens where the model was trained with {trained}x{trained}"
     if max(rows, columns) > 1.25 * trained:
         remarks.append(f"{tokens}: expect things twice or torn apart; --upscale gives more pixels with less harm")

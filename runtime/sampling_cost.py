@@ -18,7 +18,7 @@ def check_memory(config, images, size, grid, device, kept=0, frames=0):
     size: (height, width) in pixels; grid: (rows, columns) of tokens, None for those of `size`. kept: finished pictures
     that the machine's memory holds until they are laid out, each with so many `frames` of a film.
     """
-    rows, columns = grid or config.token_grid(*size)
+    rows, columns = config.token_grid(*size, grid)
     tokens, pixels, D, Dp = rows * columns, size[0] * size[1], config.hidden_size, config.field_width
     # Alive at once are a few tensors of 4D per token, or the generated weights and some 2Dp per pixel.
     values = max(tokens * 8 * 4 * D, 4 * (tokens * 2 * config.field_ratio * Dp**2 + pixels * 2 * Dp))
@@ -42,7 +42,7 @@ def pick_compile(choice, config, size, grid, evaluations, precision, device, say
     evaluations: images times velocities each, both halves of guidance counted; size and grid: as in check_memory.
     UserError for "on" where nothing compiles.
     """
-    rows, columns = grid or config.token_grid(*size)
+    rows, columns = config.token_grid(*size, grid)
     flops = evaluations * forward_flops(config, rows * config.patch_size, columns * config.patch_size)
     if choice == "auto" and flops < COMPILE_PAYS.get((device.type, precision), 20e15):
         return False
@@ -54,7 +54,7 @@ def velocity_flops(config, size, grid, densities=()):
 
     densities: of more drawings by the field alone, each with so many times the pixels a side.
     """
-    rows, columns = grid or config.token_grid(*size)
+    rows, columns = config.token_grid(*size, grid)
     height, width = rows * config.patch_size, columns * config.patch_size  # of the image that the transformer sees
     field = decoder_flops(config, height, width)
     times = size[0] * size[1] / (height * width)  # as many pixels as there

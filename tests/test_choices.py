@@ -110,7 +110,8 @@ def test_sizes_of_which_only_noise_can_come_are_refused_and_the_next_ones_are_no
         with pytest.raises(UserError, match="fewer than the . half-waves .*: use --upscale"):
             find_size(config, None, refused)
         assert find_size(config, None, least)[1] == (config.resolution // config.patch_size,) * 2
-    with pytest.raises(UserError, match="33x16 tokens, and .* with 16x16, .*noise .*--resolution 512 is the most"):
+    most = r"33x16 tokens, and .* with 16x16, .*noise .*32x32 tokens \(512 pixels\) are the most"
+    with pytest.raises(UserError, match=most):
         find_size(xl, "528x256")
     assert find_size(xl, "512") == ((512, 512), None)
 

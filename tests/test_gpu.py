@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, TINY, assert_same_run, inception_recipe, last, make_class_folder, randomised, run_script
+from helpers import (
+    ROOT,
+    TINY,
+    TINY_TEXT,
+    assert_same_run,
+    inception_recipe,
+    last,
+    make_class_folder,
+    randomised,
+    run_script,
+)
 from helpers import train as run_training
 
 import train
@@ -36,25 +46,9 @@ from runtime.plan import CLOSE, ENCODER_WEIGHTS, Plan, reads_qwen3, training_flo
 from runtime.recompute import RECOMPUTE
 from samplers import SOLVERS, generate, guide, image_noise, time_grid
 from text_model import PRESETS as TEXT_PRESETS
-from text_model import TextPixNerdConfig
 
 pytestmark = pytest.mark.gpu
-TEXT_TINY = TextPixNerdConfig(
-    text_encoder="words",
-    text_width=12,
-    text_length=5,
-    resolution=16,
-    patch_size=4,
-    hidden_size=32,
-    num_heads=2,
-    text_depth=1,
-    depth=2,
-    field_depth=1,
-    field_width=8,
-    field_ratio=1,
-    num_freqs=4,
-)
-BOTH = pytest.mark.parametrize("config", [TINY, TEXT_TINY], ids=["classes", "text"])
+BOTH = pytest.mark.parametrize("config", [TINY, TINY_TEXT], ids=["classes", "text"])
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +94,7 @@ def build(config, device):
     model = build_model(config)
     torch.nn.init.normal_(model.decoder.output.weight, std=0.5)
     y = torch.arange(8) % 3
-    if config is TEXT_TINY:
+    if config is TINY_TEXT:
         torch.nn.init.normal_(model.null_features)
         y = torch.randn(8, config.text_length, config.text_width)  # (B, M, E)
     x, t = torch.randn(8, 3, 16, 16), torch.linspace(0.1, 0.9, 8)

@@ -1,6 +1,5 @@
 """sample.py with sentences: prompts, negative prompts, files of prompts, and the folders that evaluators read."""
 
-import dataclasses
 import io
 import json
 import pathlib
@@ -8,44 +7,23 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from helpers import complaint, run_script
+from helpers import complaint, run_script, text_state
 from PIL import Image
 
-from pretrained.text_encoders import load_text_encoder
 from runtime import models
-from runtime.checkpoint import FORMAT, save_checkpoint
+from runtime.checkpoint import save_checkpoint
 from runtime.files import UserError
 from runtime.prompts import Prompt, check_layout, draw_layout, open_encoder, read_prompts, shared_noise, title_of
 from runtime.sample_options import parse_args, suit
-from text_model import PRESETS, TextPixNerd, TextPixNerdConfig
+from text_model import PRESETS
 
-TINY_TEXT = TextPixNerdConfig(
-    text_encoder="words",
-    text_width=8,
-    text_length=4,
-    resolution=16,
-    patch_size=8,
-    hidden_size=32,
-    num_heads=2,
-    text_depth=1,
-    depth=1,
-    field_depth=1,
-    field_width=8,
-    field_ratio=1,
-    num_freqs=4,
-)
 FAST = ["--steps", "2", "--device", "cpu", "--precision", "fp32", "--compile", "off"]
 
 
 @pytest.fixture
 def ckpt(tmp_path):
     """A tiny text model in a file of ours, not trained, whose output depends on the text."""
-    torch.manual_seed(0)
-    model = TextPixNerd(TINY_TEXT)
-    torch.nn.init.normal_(model.decoder.output.weight, std=0.5)
-    model.null_features.copy_(load_text_encoder("words", 8, 4).null)
-    state = {"format": FORMAT, "config": dataclasses.asdict(TINY_TEXT), "ema": model.state_dict()}
-    save_checkpoint(tmp_path / "text.pt", state)
+    save_checkpoint(tmp_path / "text.pt", text_state())
     return tmp_path / "text.pt"
 
 

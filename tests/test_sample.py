@@ -443,7 +443,7 @@ def test_a_class_named_by_a_number_wins_over_an_index_and_the_ambiguity_is_said(
         (["--class=-1"], "0 to 2"),
         (["--class", ""], "'' is unknown"),
         (["--resolution", "18"], "multiples of 4"),
-        (["--resolution", "400000", "--num", "64"], "nothing but noise would come out: --resolution 32 is the most"),
+        (["--resolution", "400000", "--num", "64"], "8x8 tokens (32 pixels) are the most"),
         (["--gif-noise"], "does nothing without --gif"),
         (["--class", "a red apple on a table"], "emoji-text --prompt 'a red apple on a table'"),
         (["--upscale", "9000", "--num", "64"], "GB are free"),

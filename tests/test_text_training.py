@@ -128,9 +128,9 @@ def test_held_out_captions_leave_the_run(tmp_path, captioned):
 def test_an_uncaptioned_picture_is_refused_or_skipped_and_counted(tmp_path, captioned):
     (captioned / "3.txt").unlink()
     line = refuses(tmp_path / "run", "--data", captioned, *TEXT, "--steps", 1)
-    assert "1 pictures without a caption (3.png)" in line and "--skip-uncaptioned" in line
+    assert "1 picture without a caption (3.png)" in line and "--skip-uncaptioned" in line
     status, stdout, stderr = train(tmp_path / "run", "--data", captioned, *TEXT, "--steps", 1, "--skip-uncaptioned")
-    assert status == 0 and "1 files without a caption or a picture are left out" in stdout + stderr
+    assert status == 0 and "left out, without a caption or a picture: 1 file" in stdout + stderr
 
 
 # ---- features on disk ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import os
 import posixpath
 
 from runtime.files.errors import UserError
-from runtime.files.picture_index import SUFFIXES, tar_members
+from runtime.files.picture_index import SUFFIXES, tar_members, read_member, stamp_of
 
 METADATA, TEXTS = "metadata.jsonl", (".txt", "metadata.jsonl")
 MOST_NAMED = 3  # of a long list of faults, in a message
@@ -26,9 +26,10 @@ class CaptionIndex:
 
     classes = None  # a condition in words needs none
 
-    def __init__(self, source, names, captions, places, skipped=0):
-        self.source, self.names, self.labels, self.places = source, names, captions, places
-        self.remark = f"{skipped} files without a caption or a picture are left out" if skipped else None
+    def __init__(self, source, names, captions, places, stamps, skipped=0):
+        # places: (tar or "", offset, size) of each picture; stamps: {tar: its stamp when it was listed}.
+        self.source, self.names, self.labels, self.places, self.stamps = source, names, captions, places, stamps
+        self.remark = f"left out, without a caption or a picture: {_count(skipped, 'file')}" if skipped else None
         told = "".join(f"{len(part)}:{part}" for pair in zip(names, captions) for part in pair)
         self.fingerprint = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -40,16 +41,7 @@ class CaptionIndex:
     def read(self, i):
         """The bytes of picture i of a tar; None for a file, where `where(i)` is its path. Raises UserError."""
         tar, offset, size = self.places[i]
-        if not tar:
-            return None
-        try:
-            with open(tar, "rb", buffering=0) as file:
-                content = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise UserError(f"{self.where(i)} cannot be read ({error.strerror}): is the tar still there?")
-        if len(content) != size:
-            raise UserError(f"{self.where(i)}: the tar was changed while it was in use: start again")
-        return content
+        return read_member(tar, offset, size, self.stamps[tar], self.where(i)) if tar else None
 
 
 def index_captions(source, skip=False):
@@ -61,11 +53,12 @@ def index_captions(source, skip=False):
     if not os.path.exists(source):
         raise UserError(f"there is no data folder or tar file {source}: give --data a folder of captioned pictures")
     pictures, captions = {}, {}  # name -> (tar, offset, size); name without its suffix -> text
+    stamps = {}  # tar -> stamp
     try:
         if os.path.isdir(source):
-            _read_folder(source, pictures, captions)
+            _read_folder(source, pictures, captions, stamps)
         else:
-            _read_tar(source, "", pictures, captions)
+            _read_tar(source, "", pictures, captions, stamps)
     except OSError as error:
         raise UserError(f"{error.filename or source} cannot be read: {error.strerror}")
     if not pictures:
@@ -79,20 +72,25 @@ def index_captions(source, skip=False):
     bare = [name for stem, name in stems.items() if not captions.get(stem, "").strip()]
     lonely = [stem for stem in captions if stem not in stems]
     if not skip:
-        _refuse(source, bare, "pictures without a caption")
-        _refuse(source, lonely, "captions without a picture")
+        _refuse(source, bare, "picture", "caption")
+        _refuse(source, lonely, "caption", "picture")
     kept = [(stem, name) for stem, name in stems.items() if captions.get(stem, "").strip()]
     if not kept:
         raise UserError(f"{source}: not one picture has a caption: put x.txt beside x.jpg, or write {METADATA}")
     names = [name for _, name in kept]
     places = [pictures[name] for name in names]
-    return CaptionIndex(source, names, [captions[stem] for stem, _ in kept], places, len(bare) + len(lonely))
+    return CaptionIndex(source, names, [captions[stem] for stem, _ in kept], places, stamps, len(bare) + len(lonely))
 
 
-def _refuse(source, names, what):
+def _count(number, what):
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _refuse(source, names, what, lacks):
     if names:
         named = ", ".join(sorted(names)[:MOST_NAMED]) + ", ..." * (len(names) > MOST_NAMED)
-        raise UserError(f"{source} has {len(names)} {what} ({named}): add them, or give --skip-uncaptioned")
+        found = f"{_count(len(names), what)} without a {lacks} ({named})"
+        raise UserError(f"{source} has {found}: add what is missing, or give --skip-uncaptioned")
 
 
 def _add(captions, name, text, where):
@@ -106,7 +104,7 @@ def _add(captions, name, text, where):
         raise UserError(f"{where} is not a text in UTF-8: save it in that encoding")
 
 
-def _read_folder(root, pictures, captions):
+def _read_folder(root, pictures, captions, stamps):
     for folder, inside, files in os.walk(root):
         inside[:] = sorted(name for name in inside if name[0] != ".")
         for file in files:
@@ -118,7 +116,7 @@ def _read_folder(root, pictures, captions):
                 with open(path, "rb") as text:
                     _read_text(name, path, text.read(), captions)
             elif kind.endswith(".tar"):
-                _read_tar(path, name, pictures, captions)
+                _read_tar(path, name, pictures, captions, stamps)
 
 
 def _read_text(name, where, content, captions):
@@ -138,8 +136,9 @@ def _read_text(name, where, content, captions):
                 _add(captions, posixpath.normpath(posixpath.join(posixpath.dirname(name), file_name)), text, where)
 
 
-def _read_tar(path, prefix, pictures, captions):
+def _read_tar(path, prefix, pictures, captions, stamps):
     """Names of what is in a tar of a folder begin with `prefix`, its own, so that two tars may use the same keys."""
+    stamps[path] = stamp_of(path)
     with open(path, "rb") as file:
         for tar, member in tar_members(file, path):
             name, kind = posixpath.join(prefix, posixpath.normpath(member.name)), member.name.lower()

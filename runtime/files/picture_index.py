@@ -82,17 +82,21 @@ class PictureIndex:
         """
         if not len(self.places):
             return None
-        offset, size = self.places[i].tolist()
-        # Opened for each picture, which costs microseconds: so there is no file that forked workers could share.
-        try:
-            with open(self.source, "rb", buffering=0) as file:
-                content = os.pread(file.fileno(), size, offset)
-                unchanged = _stamp(file.fileno()) == self.stamps[""]
-        except OSError as error:
-            raise UserError(f"{self.where(i)} cannot be read ({error.strerror}): is the tar still there?")
-        if not unchanged or len(content) != size:
-            raise UserError(f"{self.where(i)}: the tar was changed while it was in use: start again")
-        return content
+        return read_member(self.source, *self.places[i].tolist(), self.stamps[""], self.where(i))
+
+
+def read_member(tar, offset, size, stamp, where):
+    """The bytes of one file inside a tar. where: its name in messages. UserError if the tar's stamp is another now."""
+    # Opened for each picture, which costs microseconds: so there is no file that forked workers could share.
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            content = os.pread(file.fileno(), size, offset)
+            unchanged = stamp_of(file.fileno()) == stamp
+    except OSError as error:
+        raise UserError(f"{where} cannot be read ({error.strerror}): is the tar still there?")
+    if not unchanged or len(content) != size:
+        raise UserError(f"{where}: the tar was changed while it was in use: start again")
+    return content
 
 
 def index_pictures(source, cache=None, write=True):
@@ -117,7 +121,7 @@ def index_pictures(source, cache=None, write=True):
     return index
 
 
-def _stamp(file):
+def stamp_of(file):
     status = os.stat(file)
     return [status.st_mtime_ns, status.st_size]
 
@@ -167,7 +171,7 @@ def pictures_below(root, inside="", stamps=None, skipped=None):
     root, names = os.path.join(root, ""), []
     for path, folders, files in os.walk(root + inside, onerror=stop):
         if stamps is not None:
-            stamps[path.removeprefix(root)] = _stamp(path)
+            stamps[path.removeprefix(root)] = stamp_of(path)
         folders[:] = [name for name in folders if name[0] != "."]
         inside = os.path.join(path, "").removeprefix(root)
         names += [inside + name for name in files if name.lower().endswith(SUFFIXES)]
@@ -184,7 +188,7 @@ def _index_folder(root):
     files = sorted(name for name, is_folder in shown if not is_folder)
     loose = [name for name in files if name.lower().endswith(SUFFIXES)]
     others = [name for name in files if not name.lower().endswith(SUFFIXES)]
-    stamps, skipped = {"": _stamp(root)}, collections.Counter(map(_ending, others))
+    stamps, skipped = {"": stamp_of(root)}, collections.Counter(map(_ending, others))
     names = [name for top in classes for name in sorted(pictures_below(root, top, stamps, skipped))]
     if loose and not names:  # folders without a single picture, as of videos, are no classes
         names = [f"{FLAT}/{name}" for name in loose]
@@ -251,7 +255,7 @@ def _scan_tar(file, path, inside="", start=0):
 
 
 def _index_tar(path):
-    stamps = {"": _stamp(path)}
+    stamps = {"": stamp_of(path)}
     with open(path, "rb") as file:
         found = [item for item in _scan_tar(file, path) if "/." not in f"/{posixpath.dirname(item[0])}"]
     others = [name for name, _, size in found if size == -1 and posixpath.basename(name)[0] != "."]
@@ -298,7 +302,7 @@ def _read_cache(folder, source):
         if (kept.pop("format"), kept.pop("path")) != (CACHE_FORMAT, os.path.abspath(source)):
             return None
         for inside, stamp in kept["stamps"].items():
-            if _stamp(os.path.join(source, inside) if inside else source) != stamp:
+            if stamp_of(os.path.join(source, inside) if inside else source) != stamp:
                 return None
         return PictureIndex(source, **kept)
     except (OSError, UserError, KeyError):
