@@ -72,7 +72,7 @@ class Study:
     """What all runs share. Another value makes other runs, which are not compared with the stored ones."""
 
     config: PixNerdConfig = WORLD
-    steps: int = 300
+    steps: int = 600
     batch_size: int = 16
     lr: float = 2e-3
     warmup: int = 20
