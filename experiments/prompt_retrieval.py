@@ -1,6 +1,6 @@
 """Prompt retrieval: does a model that was trained on the emoji's names draw what its prompt says?
 
-    python -m experiments.prompt_retrieval assets/emoji-text.pt
+    python -m experiments.prompt_retrieval assets/emoji-text.pt --npz drawn.npz       # resumes if it was stopped
     python -m experiments.prompt_retrieval runs/held/last.pt --hold-out assets/emoji_held_out.txt
     python -m experiments.prompt_retrieval --write-list assets/emoji_held_out.txt     # one name in 25, by its hash
 
@@ -8,21 +8,28 @@ Draws one picture of each name and looks for the nearest of the 1,906 real drawi
 by the distance of the emoji classifier's features. A name counts at k if a drawing of that name is among the k nearest.
 By chance that would be 0.0005 at 1. With --hold-out, names that were not trained on are counted apart, and of them
 those whose words all occur in names that were. The picture of a held-out name can be right and yet nearer to another
-drawing, so this is a lower bound of what composes. Left out: several samples of a name; other encoders' classifiers.
+drawing, so this is a lower bound of what composes. --npz keeps the pictures, and with them what an interrupted run has
+drawn. Left out: several samples of a name; other encoders' classifiers.
 """
 
 import argparse
 import hashlib
 import json
+import pathlib
+import tempfile
 
+import numpy as np
 import torch
 
 from data import from_uint8, open_dataset
 from pretrained.emoji_classifier import load_emoji_classifier
 from pretrained.text_encoders import words
-from runtime.files import UserError, run, whole_file
-from runtime.models import find_model
+from runtime.distributed import Processes
+from runtime.files import UserError, check_writable, run, whole_file
+from runtime.models import find_model, weights_hash
 from runtime.prompts import open_encoder
+from runtime.shards import Shards
+from runtime.some_classes import HeldOut
 from sample import draw
 from samplers import time_grid
 
@@ -48,14 +55,24 @@ def ranks(drawn, real, names, wanted):
     return torch.tensor(found)  # (N)
 
 
-def draw_each(model, encoder, prompts, seed, temperature, steps, shift, cfg):
-    """One picture of each prompt, image number i from the noise of number i: uint8 (N, 3, H, W)."""
+def draw_each(model, encoder, prompts, path, settings, seed, temperature, steps, shift, cfg):
+    """One picture of each prompt, image number i from the noise of number i: uint8 (N, 3, H, W).
+
+    They are kept in the npz `path`, in the order of the prompts, and until all are drawn in a folder beside it, from
+    which the same call goes on. Raises UserError where that folder was begun with other `settings` (plain values).
+    """
     how = dict(times=time_grid(steps, shift), scale=cfg, interval=(0.0, 1.0), solver="adams")
-    size, images = (model.config.resolution, model.config.resolution), []
-    for numbers in torch.arange(len(prompts)).split(AT_ONCE):
+    size = (model.config.resolution, model.config.resolution)
+
+    def some(numbers, watch):  # uint8 (B, 3, H, W)
         y = encoder.encode([prompts[i] for i in numbers])  # (B, M, E)
-        images.append(draw(model, y, numbers.tolist(), size, seed, temperature, **how))
-    return torch.cat(images)  # (N, 3, H, W)
+        return draw(model, y, numbers, size, seed, temperature, watch=watch, **how)
+
+    store = Shards(path, len(prompts), size, AT_ONCE, settings, Processes())
+    store.draw(some, steps)
+    store.join(np.arange(len(prompts)))
+    with np.load(path) as archive:
+        return torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2)  # (N, 3, H, W)
 
 
 def measure(images, real, names, wanted, groups):
@@ -78,6 +95,7 @@ def main():
     parser.add_argument("ckpt", nargs="?", help="a text model of the emoji, by name or file")
     parser.add_argument("--hold-out", help="the captions that it was not trained on, as for train.py")
     parser.add_argument("--num", type=int, help="names that are drawn, spread over all (default: all)")
+    parser.add_argument("--npz", help="keep the pictures in this file; the same command resumes (default: they go)")
     parser.add_argument("--write-list", help="write the list of held-out names to this file, and stop")
     for name, value in (("cfg", 2.5), ("shift", 2.0), ("temperature", 0.8), ("steps", 25), ("seed", 0)):
         parser.add_argument(f"--{name}", type=type(value), default=value)
@@ -90,11 +108,14 @@ def main():
         return print(f"{args.write_list}: {len(held_out(names))} of {len(set(names))} names")
     if not args.ckpt:
         raise UserError("name a checkpoint, or give --write-list")
-    unseen = set()
-    if args.hold_out:
-        with open(args.hold_out, encoding="utf-8") as file:
-            unseen = set(file.read().splitlines())
+    if args.num is not None and args.num < 1:
+        raise UserError(f"--num {args.num}: draw at least 1 name")
+    if args.npz:
+        check_writable("--npz", args.npz)
+    unseen = set(names) - set(HeldOut(emoji, args.hold_out).labels) if args.hold_out else set()
     model = find_model(args.ckpt)
+    if model.class_names is not None:
+        raise UserError(f"{args.ckpt} draws from classes: give a model that was trained on the emoji's names")
     encoder = open_encoder(model, None, None, args.ckpt, "cpu")
     count = min(args.num or len(names), len(names))
     wanted = [names[i * len(names) // count] for i in range(count)]
@@ -105,7 +126,11 @@ def main():
         groups["held out"] = [i for i, name in enumerate(wanted) if name in unseen]
         groups["held out, of known words"] = [i for i in groups["held out"] if known.issuperset(words(wanted[i]))]
     how = {name: getattr(args, name) for name in ("cfg", "shift", "temperature", "steps", "seed")}
-    images = draw_each(model, encoder, wanted, **how)
+    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
+    settings = {"model": weights_hash(model), "num": args.num, "hold_out": args.hold_out, "names": digest, **how}
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.npz or pathlib.Path(folder, "drawn.npz")
+        images = draw_each(model, encoder, wanted, path, settings, **how)
     real = torch.stack([emoji.picture(i) for i in range(len(emoji))])  # (R, 3, 32, 32)
     table = measure(images, real, names, wanted, groups)
     print(json.dumps({"ckpt": args.ckpt, **how}))

@@ -1,9 +1,15 @@
 """Prompt retrieval: the ranks by hand, the held-out names, and the table of a model."""
 
+import pytest
 import torch
+from helpers import complaint, text_state
 
 from data import ASSETS, open_dataset
-from experiments.prompt_retrieval import held_out, measure, ranks
+from experiments import prompt_retrieval
+from experiments.prompt_retrieval import draw_each, held_out, measure, ranks
+from pretrained.text_encoders import load_text_encoder
+from runtime.checkpoint import load_model, save_checkpoint
+from runtime.files import UserError
 
 
 def test_a_rank_counts_the_nearer_drawings_of_other_names():
@@ -30,3 +36,42 @@ def test_the_list_of_held_out_names_is_one_in_25_of_the_emoji():
     listed = (ASSETS / "emoji_held_out.txt").read_text(encoding="utf-8").splitlines()
     assert listed == held_out(names) and set(listed) <= set(names)
     assert 0.03 < len(listed) / len(set(names)) < 0.05
+
+
+def test_an_interrupted_run_goes_on_with_the_names_that_are_missing(tmp_path, monkeypatch):
+    """To the pictures of a run that was not interrupted, and not with other settings."""
+    monkeypatch.setattr(prompt_retrieval, "AT_ONCE", 2)
+    save_checkpoint(tmp_path / "text.pt", text_state())
+    model, encoder, asked = load_model(tmp_path / "text.pt"), load_text_encoder("words", 8, 4), []
+    names, how = ["red", "green apple", "cat", "dog", "a"], dict(seed=0, temperature=0.8, steps=2, shift=2.0, cfg=2.5)
+    whole = draw_each(model, encoder, names, tmp_path / "whole.npz", how, **how)
+    assert whole.shape == (5, 3, 16, 16)
+
+    class Stopping:
+        def encode(self, texts):
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            asked.append(texts)
+            return encoder.encode(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_each(model, Stopping(), names, tmp_path / "parts.npz", how, **how)
+    with pytest.raises(UserError, match="was begun with seed=0, and this run has 1"):
+        draw_each(model, encoder, names, tmp_path / "parts.npz", how | {"seed": 1}, **how)
+    asked.clear()
+    assert torch.equal(draw_each(model, Stopping(), names, tmp_path / "parts.npz", how, **how), whole)
+    assert asked == [["a"]]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["emoji"], "emoji draws from classes"),
+        (["nowhere.pt"], "nowhere.pt"),
+        (["emoji-text", "--hold-out", "nowhere.txt"], "--hold-out nowhere.txt cannot be read"),
+        (["emoji-text", "--num", "0"], "--num"),
+        (["emoji-text", "--npz", "."], "--npz . is a folder"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, message):
+    assert message in complaint("experiments/prompt_retrieval.py", *flags)
