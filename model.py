@@ -44,7 +44,7 @@ class PixNerdConfig:
     field_width: int = setting(64, "width of a pixel's features in the field")  # Dp
     field_ratio: int = setting(2, "hidden width of the field's MLPs, as a multiple of the field's width")  # r
     field_norm: str = setting("output", "which parts of the field are normalised (section 4.2)", FIELD_NORMS)
-    encoding: str = setting("dct", "of a pixel's place in its patch: Eq. 12 or Eq. 7", tuple(ENCODINGS))
+    encoding: str = setting("dct", "of a pixel's place in its patch: Eq. 12 or Eq. 7", ENCODINGS)
     num_freqs: int = setting(8, "frequencies per axis of the encoding")  # F
 
     def __post_init__(self):

@@ -13,7 +13,9 @@ from runtime.files import UserError, whole_file
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evidence.md"
 EVIDENCE = PAGE.parent / "evidence"
-FEWEST = 3  # seeds, below which nothing is concluded
+FEWEST = 3  # pairs, below which nothing is concluded
+MEASURES = {"loss": "held-out loss", "error": "error of the pictures", "distance": "emoji distance"}
+DIGITS = {"loss": 4, "error": 2, "distance": 2, "emoji_distance": 2, "border_ratio": 3}
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -25,6 +27,11 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
+def by_seed(records, name):
+    """{seed: record} of a row."""
+    return {record["seed"]: record for record in records if record["row"] == name}
+
+
 def paired_difference(row, base, measure="loss"):
     """(mean, standard error or None, pairs) of row minus base, records by seed, over the seeds that both have."""
     shared = sorted(row.keys() & base.keys())
@@ -32,6 +39,22 @@ def paired_difference(row, base, measure="loss"):
         return None, None, 0
     mean, error = mean_and_error(row[seed][measure] - base[seed][measure] for seed in shared)
     return mean, error, len(shared)
+
+
+def difference(claim, records, row, base):
+    """(mean, standard error or None, pairs) of row minus base in the measure of a claim; 0 pairs where one is missing.
+
+    Pairs are seeds of runs that train, and pictures of those that draw.
+    """
+    mine, theirs = by_seed(records, row), by_seed(records, base)
+    if claim.measure == "loss":
+        return paired_difference(mine, theirs)
+    if 0 not in mine or 0 not in theirs:
+        return None, None, 0
+    if claim.measure == "error":
+        errors = list(zip(mine[0]["errors"], theirs[0]["errors"]))
+        return *mean_and_error(one - other for one, other in errors), len(errors)
+    return *mine[0]["against"][base], mine[0]["pictures"]
 
 
 def finding(mean, error, pairs):
@@ -48,11 +71,6 @@ def verdict(found, sign):
     return "agrees" if (found == "lower") == (sign < 0) else "disagrees"
 
 
-def by_seed(records, name):
-    """{seed: record} of a row."""
-    return {record["seed"]: record for record in records if record["row"] == name}
-
-
 # ---- words and tables ------------------------------------------------------------------------------------------------
 
 
@@ -66,117 +84,169 @@ def table(head, rows):
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def strip_file(name):
+    """The name of the file with a row's samples."""
+    return f"{name.replace(', ', '-').replace(' ', '-')}.png"
+
+
+def anchor(heading):
+    """The anchor that GitHub makes of a heading."""
+    return "".join(c for c in heading.lower() if c.isalnum() or c in "-_ ").replace(" ", "-")
+
+
+def heading(key, claim):
+    """The heading of a claim's section."""
+    return f"{key}: {claim.title}"
+
+
+def border_ratio(records):
+    """The mean border ratio of some records, and that of real pictures of that size."""
+    text = with_error(*mean_and_error(record["border_ratio"] for record in records), DIGITS["border_ratio"])
+    real = records[0].get("real_border_ratio")
+    return text + (f" (real: {real:.3f})" if real else "")
+
+
 def training_table(names, records):
-    """One line for each row of a claim: what it costs and what it reached."""
+    """One line for each row that trains and has run: what it costs and what it reached."""
     head = ["row", "seeds", "parameters", "GFLOP a step", "CPU s", "held-out loss", "emoji distance", "border ratio"]
     rows = []
     for name in names:
-        found = by_seed(records, name)
-        if not found:
-            rows.append([name, "not run", *[""] * 6])
-            continue
-        first = next(iter(found.values()))
-        row = [name, str(len(found)), f"{first['parameters'] / 1e6:.2f} M", f"{first['gflop_per_step']:.2f}"]
-        row.append(f"{statistics.fmean(record['cpu_seconds'] for record in found.values()):.0f}")
-        for measure, digits in (("loss", 4), ("emoji_distance", 2), ("border_ratio", 3)):
-            row.append(with_error(*mean_and_error(record[measure] for record in found.values()), digits))
-        rows.append(row)
+        if found := list(by_seed(records, name).values()):
+            row = [name, str(len(found)), f"{found[0]['parameters'] / 1e6:.2f} M", f"{found[0]['gflop_per_step']:.2f}"]
+            row.append(f"{statistics.fmean(record['cpu_seconds'] for record in found):.0f}")
+            for measure in ("loss", "emoji_distance"):
+                row.append(with_error(*mean_and_error(record[measure] for record in found), DIGITS[measure]))
+            rows.append([*row, border_ratio(found)])
     return table(head, rows)
 
 
+def drawing_table(names, records, base=None):
+    """One line for each row that draws and has run; with a base, also errors, and distances against that row's."""
+    head = ["row", "evaluations", "CPU s a picture", "emoji distance", "border ratio"]
+    rows = []
+    for record in filter(None, (by_seed(records, name).get(0) for name in names)):
+        row = [record["row"], str(record["evaluations"]), f"{record['cpu_seconds_per_picture']:.3f}"]
+        row += [f"{record['emoji_distance']:.2f}", border_ratio([record])]
+        if base:
+            row.append(with_error(*mean_and_error(record["errors"]), 2) if "errors" in record else "")
+            row.append(with_error(*record["against"][base], 2, "+") if base in record["against"] else "")
+        rows.append(row)
+    return table([*head, "error", f"distance - that of {base}"] if base else head, rows)
+
+
 def verdict_table(claim, records):
-    """One line for each comparison of a claim: the paired differences, and what follows."""
-    head = ["row - base", "pairs", "loss", "emoji distance", "border ratio", "the loss is", "verdict"]
+    """One line for each comparison of a claim that has run: the paired differences, and what follows."""
+    others = ("emoji_distance", "border_ratio") if claim.kind == "train" else ()
+    head = ["row - base", "pairs", MEASURES[claim.measure], *(name.replace("_", " ") for name in others), "verdict"]
     rows = []
     for row, base, sign in claim.pairs:
-        mine, theirs = by_seed(records, row), by_seed(records, base)
-        mean, error, pairs = paired_difference(mine, theirs)
-        if not pairs:
-            rows.append([f"{row} - {base}", "0", "", "", "", "", "not run"])
-            continue
-        cells = [with_error(mean, error, 4, "+")]
-        for measure, digits in (("emoji_distance", 2), ("border_ratio", 3)):
-            cells.append(with_error(*paired_difference(mine, theirs, measure)[:2], digits, "+"))
-        found = finding(mean, error, pairs)
-        rows.append([f"{row} - {base}", str(pairs), *cells, found, verdict(found, sign)])
+        found = difference(claim, records, row, base)
+        if found[2]:
+            cells = [with_error(*found[:2], DIGITS[claim.measure], "+")]
+            for measure in others:
+                pair = paired_difference(by_seed(records, row), by_seed(records, base), measure)
+                cells.append(with_error(*pair[:2], DIGITS[measure], "+"))
+            rows.append([f"{row} - {base}", str(found[2]), *cells, verdict(finding(*found), sign)])
     return table(head, rows)
 
 
 def bins_table(names, records):
-    """Held-out loss by tenths of t, mean over the seeds."""
+    """Held-out loss by tenths of t, mean over the seeds, folded away."""
     rows = []
     for name in names:
         if found := by_seed(records, name):
             columns = zip(*(record["loss_by_time"] for record in found.values()))
             rows.append([name, *(f"{statistics.fmean(column):.3f}" for column in columns)])
-    return table(["held-out loss at t =", *(f"0.{i}" for i in range(10))], rows) if rows else []
+    lines = table(["row", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10))], rows)
+    return ["<details><summary>Held-out loss by tenths of t</summary>", "", *lines, "</details>", ""]
 
 
-def drawing_table(names, records):
-    """One line for each way of drawing."""
-    head = ["row", "evaluations", "CPU s a picture", "error", "emoji distance", "difference", "border ratio"]
-    rows = []
-    for name in names:
-        record = by_seed(records, name).get(0)
-        if record is None:
-            rows.append([name, "not run", *[""] * 5])
-            continue
-        error = with_error(record["error"], record["error_se"], 2) if "error" in record else ""
-        difference = ""
-        if "distance_difference" in record:
-            difference = with_error(record["distance_difference"], record["distance_difference_se"], 2, "+")
-        cells = [str(record["evaluations"]), f"{record['cpu_seconds_per_picture']:.3f}", error]
-        rows.append([name, *cells, f"{record['emoji_distance']:.2f}", difference, f"{record['border_ratio']:.3f}"])
-    return table(head, rows)
-
-
-def recommendation(records):
-    """The fewest evaluations whose emoji distance is within two standard errors of 50 Euler steps, as lines."""
-    drawn = [record for record in records if record["kind"] == "draw" and "error" in record]
-    good = [r for r in drawn if abs(r.get("distance_difference", 0)) <= 2 * r.get("distance_difference_se", 0)]
-    if not good or not by_seed(records, "euler 50"):
+def recommendation(names, records, base):
+    """Per solver, the fewest evaluations whose emoji distance is within two standard errors of the base's, as lines."""
+    found = [record for name in names if (record := by_seed(records, name).get(0)) and "errors" in record]
+    if not by_seed(records, base):
         return []
-    best = min(good, key=lambda record: (record["evaluations"], abs(record.get("distance_difference", 0))))
-    line = f"The fewest evaluations whose emoji distance cannot be told from that of 50 Euler steps: **{best['row']}**."
-    return [line, ""]
+    fewest = {record["row"].rpartition(" ")[0]: None for record in found}
+    for record in sorted(found, key=lambda record: -record["evaluations"]):
+        gap, error = record["against"].get(base, (0, 0))
+        if abs(gap) <= 2 * error:
+            fewest[record["row"].rpartition(" ")[0]] = record
+    said = [record["row"] if record else f"none of {solver}" for solver, record in fewest.items()]
+    kept = [record for record in fewest.values() if record]
+    best = min(kept, key=lambda record: (record["evaluations"], statistics.fmean(record["errors"])))
+    return [
+        f"The fewest evaluations whose emoji distance is within two standard errors of that of {base}: "
+        f"{'; '.join(said)}. Of these, the fewest with the least error: **{best['row']}**.",
+        "",
+    ]
+
+
+def cost_lines(names, records):
+    """The seconds of an evaluation, times the number of evaluations."""
+    lines, counts = [], (5, 10, 20, 50, 100)
+    for record in filter(None, (by_seed(records, name).get(0) for name in names)):
+        seconds = record["cpu_seconds_per_evaluation"]
+        lines += [f"{record['row']}: {seconds:.1f} CPU s for one guided evaluation of one picture, in fp32.", ""]
+        lines += table(
+            ["evaluations", *map(str, counts)], [["CPU s a picture", *(f"{n * seconds:.0f}" for n in counts)]]
+        )
+    return [*lines, "Up to t = 0.1 evaluations are not guided and cost half, which is not counted here.", ""]
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
+def has_run(claim, records):
+    """Whether there is anything to say of a claim: a comparison, or a cost."""
+    if claim.kind == "cost":
+        return any(by_seed(records, name) for name in claim.rows())
+    return any(difference(claim, records, row, base)[2] for row, base, _ in claim.pairs)
+
+
+def summary(claims, records):
+    """The table of claims, one line each, and what was compared in it."""
+    rows = []
+    for key, claim in claims.items():
+        if not has_run(claim, records):
+            rows.append([key, claim.says, "", "not run"])
+            continue
+        said = []
+        for row, base, sign in claim.pairs:
+            found = difference(claim, records, row, base)
+            if found[2]:
+                number = with_error(*found[:2], DIGITS[claim.measure], "+")
+                said.append(f"{row} - {base}: {number}, **{verdict(finding(*found), sign)}**")
+        if claim.kind == "cost":
+            costs = (by_seed(records, name).get(0) for name in claim.rows())
+            said = [f"{r['row']}: {50 * r['cpu_seconds_per_evaluation']:.0f} s with 50" for r in costs if r]
+        what = MEASURES.get(claim.measure, "CPU seconds")
+        rows.append([f"[{key}](#{anchor(heading(key, claim))})", claim.says, what, "<br>".join(said)])
+    return table(["claim", "said", "compared", "row - base, ± standard error: verdict"], rows)
+
+
 def claim_lines(key, claim, records, folder):
     """The section of one claim."""
-    lines = [f"## {key}: {claim.title}", "", f"Said: {claim.says}.", ""]
+    lines = [f"## {heading(key, claim)}", "", f"Said: {claim.says}.", ""]
+    if claim.kind == "cost":
+        return lines + cost_lines(claim.rows(), records)
+    lines += verdict_table(claim, records)
     if claim.kind == "draw":
-        return [*lines, *drawing_table(claim.rows(), records), *(recommendation(records) if key == "solvers" else [])]
-    lines += training_table(claim.rows(), records) + verdict_table(claim, records)
-    lines += bins_table(claim.rows(), records)
-    if any(by_seed(records, name) for name in claim.rows()) and (folder / f"{key}.png").exists():
-        lines += [f"![Loss by time and while training](evidence/{key}.png)", ""]
-    for name in claim.rows():
-        file = f"{name.replace(', ', '-').replace(' ', '-')}.png"
-        if by_seed(records, name).get(0) and (folder / file).exists():
-            lines += [f"{name}:", "", f"![Samples of {name}](evidence/{file})", ""]
-    return lines
+        base = next((name for name in claim.others if name.endswith("euler 50")), None)
+        lines += drawing_table(claim.rows(), records, base)
+        lines += recommendation(claim.rows(), records, base) if base else []
+    if (folder / f"{key}.png").exists():
+        lines += [f"![Plot of {key}](evidence/{key}.png)", ""]
+    return lines + (bins_table(claim.rows(), records) if claim.kind == "train" else [])
 
 
-def opening(records, study, real_border):
-    """The first lines: what was compared, how, on what, in how many hours."""
+def how_measured(records, study, real_border):
+    """The section that says what was compared, how, on what, in how many hours."""
     hours = sum(record["wall_seconds"] for record in records) / 3600
     machines = "; ".join(sorted({record["machine"] for record in records})) or "none yet"
     commits = ", ".join(sorted({record["code"] for record in records})) or "none yet"
     config = study.config
     return (
-        f"""# Evidence
-
-The paper's claims, and three ideas since, in a world small enough for two CPU cores. Every number of this page was
-written by the command that measured it, from the lines in [evidence/runs.jsonl](evidence/runs.jsonl), each of which
-holds its command, seed, machine and code version:
-
-```
-python -m experiments.ablations --list
-python -m experiments.ablations --all
-```
+        f"""## How it was measured
 
 - **World**: the emoji at {config.resolution} pixels in patches of {config.patch_size}. Tokens have {config.hidden_size}
   numbers, more than the {3 * config.patch_size**2} of a patch (1024 and 768 in the paper), since narrower ones could
@@ -187,53 +257,73 @@ python -m experiments.ablations --all
 - **Pairs**: runs of one seed see the same pictures, noise, times and dropped labels. A difference is the mean over the
   seeds of row minus base, ± its standard error. Within two standard errors, or with fewer than {FEWEST} seeds, the
   verdict is "cannot tell". With three seeds that is a weak test: 18 of 100 differences that are chance would pass it.
+  Of rows that draw, the {study.sampler_pictures} pictures take the place of the seeds: each starts from the same noise
+  in all rows, and the error of a difference of emoji distances is over random choices of them. "lower" and "higher"
+  stand where nobody has said what to expect.
 - **Held-out loss**: of the averaged weights, weighted by how often training meets each tenth of t. **Emoji distance**:
-  of {study.samples} samples to all drawings ([what it is](measurements.md#the-emoji-distance)); lower is better. The
-  small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border ratio**: mean
-  difference of neighbours across patch borders over that inside patches; of the real pictures it is {real_border:.3f}.
+  of {study.samples} samples to all drawings ([what it is](measurements.md#the-emoji-distance)), at 32 pixels; lower is
+  better. The small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border
+  ratio**: mean difference of neighbours across patch borders over that inside patches; of the real pictures it is
+  {real_border:.3f}. **Error**: root mean square difference from the picture that 200 evaluations draw, in steps of
+  1/255.
 - **Switches of train.py** for the ideas since, off by default: `--prediction clean` (the decoder gives the image, the
   loss is of the velocity towards it), `--loss frequency` (errors that the eye sees weigh more) and `--repa-projector
   conv` (neighbouring tokens are aligned together, with a teacher that is normalised over the places).
-- **CPU s**: processor seconds of one training run, since the machine had other work beside it.
+- **CPU s**: processor seconds, since the machine had other work beside it.
 - **Time**: {hours:.1f} hours in all. Machine: {machines}. Code: {commits}.
 """.splitlines()
         + [""]
     )
 
 
+def not_run(claims, records, not_here):
+    """The section of what the page does not know."""
+    lines = ["## Not run", "", *(f"- {line}" for line in not_here)]
+    names = list(dict.fromkeys(name for claim in claims.values() for name in claim.rows()))
+    if missing := [name for name in names if not by_seed(records, name)]:
+        lines.append(f"- Rows: {'; '.join(missing)}.")
+    trained = dict.fromkeys(name for claim in claims.values() if claim.kind == "train" for name in claim.rows())
+    if few := [f"{name} ({n})" for name in trained if 0 < (n := len(by_seed(records, name))) < FEWEST]:
+        lines.append(f"- Seeds, of which there are fewer than {FEWEST}: {'; '.join(few)}.")
+    return lines
+
+
 def page_text(claims, records, study, not_here, folder, real_border):
-    """The whole page, from the records of this study."""
-    summary = []
+    """The whole page, from the records of this study: the table of claims, one picture, then the details."""
+    lines = (
+        """# Evidence
+
+The paper's claims, and three ideas since, in a world small enough for two CPU cores. Every number of this page was
+written by the command that measured it, from the lines in [evidence/runs.jsonl](evidence/runs.jsonl), each of which
+holds its command, seed, machine and code version:
+
+```
+python -m experiments.ablations --list
+python -m experiments.ablations --all
+```
+""".splitlines()
+        + [""]
+    )
+    lines += summary(claims, records)
+    if (folder / "claims.png").exists():
+        lines += ["![Held-out loss of each row against its base](evidence/claims.png)", ""]
+    lines += how_measured(records, study, real_border)
+    rows = dict.fromkeys(name for claim in claims.values() for name in claim.rows())
+    if trained := [name for name in rows if "loss" in next(iter(by_seed(records, name).values()), {})]:
+        lines += ["## The rows that train", "", *training_table(trained, records)]
     for key, claim in claims.items():
-        if claim.kind == "draw":
-            done = any(by_seed(records, name) for name in claim.rows())
-            summary.append([f"[{key}](#{anchor(key, claim)})", claim.says, "see its table" if done else "not run"])
-            continue
-        for row, base, sign in claim.pairs:
-            mean, error, pairs = paired_difference(by_seed(records, row), by_seed(records, base))
-            said = f"{row} against {base}: {with_error(mean, error, 4, '+')}, {pairs} seeds" if pairs else ""
-            result = f"{said}: **{verdict(finding(mean, error, pairs), sign)}**" if pairs else "not run"
-            summary.append([f"[{key}](#{anchor(key, claim)})", claim.says, result])
-    lines = opening(records, study, real_border) + table(["claim", "said", "measured: held-out loss"], summary)
-    lines += itertools.chain.from_iterable(claim_lines(key, claim, records, folder) for key, claim in claims.items())
-    lines += ["## Not run", "", *(f"- {line}" for line in not_here)]
-    for key, claim in claims.items():
-        if missing := [name for name in claim.rows() if not by_seed(records, name)]:
-            lines.append(f"- {key}: {', '.join(missing)}.")
-        few = [f"{name} ({n})" for name in claim.rows() if 0 < (n := len(by_seed(records, name))) < FEWEST]
-        if few and claim.kind == "train":
-            lines.append(f"- {key}, with fewer than {FEWEST} seeds: {', '.join(few)}.")
-    return "\n".join(lines) + "\n"
+        lines += claim_lines(key, claim, records, folder) if has_run(claim, records) else []
+    if strips := [name for name in rows if by_seed(records, name).get(0) and (folder / strip_file(name)).exists()]:
+        lines += ["## Samples", "", "Of seed 0: each column starts from the same noise in all rows of one size.", ""]
+        lines += table(["row", "samples"], [[name, f"![{name}](evidence/{strip_file(name)})"] for name in strips])
+    return "\n".join(lines + not_run(claims, records, not_here)) + "\n"
 
 
-def anchor(key, claim):
-    """The anchor that GitHub makes of a claim's heading."""
-    title = f"{key}: {claim.title}".lower()
-    return "".join(c for c in title if c.isalnum() or c in "-_ ").replace(" ", "-")
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-def plot_claim(claim, records, path):
-    """Two plots of a claim, as PNG: held-out loss by t, and loss while training. UserError without matplotlib."""
+def new_axes(columns, height):
+    """(figure, its axes); UserError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -241,29 +331,91 @@ def plot_claim(claim, records, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), dpi=80, layout="constrained")
-    for name in claim.rows():
-        if found := list(by_seed(records, name).values()):
-            values = [mean_and_error(column) for column in zip(*(record["loss_by_time"] for record in found))]
-            times = [(i + 0.5) / len(values) for i in range(len(values))]
-            left.errorbar(times, [mean for mean, _ in values], [error or 0 for _, error in values], label=name)
-            steps = [step for step, _ in found[0]["curve"]]
-            right.plot(steps, [statistics.fmean(c) for c in zip(*([y for _, y in r["curve"]] for r in found))])
-    left.set(xlabel="t", ylabel="held-out loss", yscale="log")
-    right.set(xlabel="step", ylabel="training loss", yscale="log")
-    left.legend(fontsize=8)
+    return pyplot.subplots(1, columns, figsize=(9, height), dpi=80, layout="constrained", squeeze=False)
+
+
+def save(figure, path):
+    """Writes a figure as PNG and forgets it."""
+    from matplotlib import pyplot
+
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
     pyplot.close(figure)
 
 
-def write_page(claims, records, study, not_here, docs, real_border, plots=False):
-    """Writes docs/evidence.md and before it, with `plots`, docs/evidence/CLAIM.png, from the records of this study."""
-    folder = pathlib.Path(docs) / EVIDENCE.name
+def looks():
+    """Lines that can be told apart without colour."""
+    return itertools.cycle(
+        [{"marker": marker, "linestyle": line} for marker, line in zip("osD^vx", ("-", "--", ":") * 2)]
+    )
+
+
+def plot_training(claim, records, path):
+    """Held-out loss by t, and loss while training, of a claim's rows."""
+    figure, ((left, right),) = new_axes(2, 3.4)
+    for name, look in zip(claim.rows(), looks()):
+        if found := list(by_seed(records, name).values()):
+            values = [mean_and_error(column) for column in zip(*(record["loss_by_time"] for record in found))]
+            times = [(i + 0.5) / len(values) for i in range(len(values))]
+            errors = [error or 0 for _, error in values]
+            left.errorbar(times, [mean for mean, _ in values], errors, label=name, markersize=4, **look)
+            steps = [step for step, _ in found[0]["curve"]]
+            curve = [statistics.fmean(c) for c in zip(*([y for _, y in record["curve"]] for record in found))]
+            right.plot(steps, curve, markersize=4, **look)
+    left.set(xlabel="t (0: noise, 1: picture)", ylabel="held-out loss", yscale="log")
+    right.set(xlabel="step", ylabel="training loss", yscale="log")
+    left.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_solvers(claim, records, path):
+    """Error and emoji distance by the number of evaluations, one line for each solver."""
+    figure, ((left, right),) = new_axes(2, 3.4)
+    found = [record for name in claim.rows() if (record := by_seed(records, name).get(0)) and "errors" in record]
+    found.sort(key=lambda record: record["evaluations"])
+    for solver, look in zip(dict.fromkeys(record["row"].rpartition(" ")[0] for record in found), looks()):
+        own = [record for record in found if record["row"].rpartition(" ")[0] == solver]
+        counts = [record["evaluations"] for record in own]
+        left.plot(counts, [statistics.fmean(record["errors"]) for record in own], label=solver, **look)
+        right.plot(counts, [record["emoji_distance"] for record in own], **look)
+    for axes, what in ((left, "error against 200 evaluations, 1/255"), (right, "emoji distance")):
+        axes.set(xlabel="evaluations", ylabel=what, xscale="log", yscale="log")
+    left.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_claims(claims, records, path):
+    """Each comparison of rows that train: difference in held-out loss, in percent of the base's, and two errors."""
+    shown = []
     for key, claim in claims.items():
-        found = [name for name in claim.rows() if by_seed(records, name)]
-        if plots and claim.kind == "train" and len(found) > 1:
-            plot_claim(claim, records, folder / f"{key}.png")
+        for row, base, sign in claim.pairs if claim.measure == "loss" else ():
+            mean, error, pairs = difference(claim, records, row, base)
+            if pairs:
+                unit = mean_and_error(record["loss"] for record in by_seed(records, base).values())[0] / 100
+                said = verdict(finding(mean, error, pairs), sign)
+                shown.append((f"{key}: {row} - {base}", mean / unit, 2 * (error or 0) / unit, said))
+    figure, ((axes,),) = new_axes(1, 1.2 + 0.28 * len(shown))
+    filled = {"agrees": "o", "disagrees": "X", "cannot tell": "$?$"}
+    for place, (_, mean, error, said) in enumerate(shown):
+        axes.errorbar(mean, place, xerr=error, color="black", marker=filled.get(said, "s"), markersize=7, capsize=3)
+        axes.annotate(said, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.set_yticks(range(len(shown)), [label for label, *_ in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("difference in held-out loss, % of the base's, ± two standard errors (left: the row is better)")
+    save(figure, path)
+
+
+def write_page(claims, records, study, not_here, docs, real_border, plots=False):
+    """Writes docs/evidence.md and before it, with `plots`, docs/evidence/*.png, from the records of this study."""
+    folder = pathlib.Path(docs) / EVIDENCE.name
+    done = {key: claim for key, claim in claims.items() if has_run(claim, records)}
+    if plots and any(claim.measure == "loss" for claim in done.values()):
+        plot_claims(claims, records, folder / "claims.png")
+    for key, claim in done.items() if plots else ():
+        plot = {"loss": plot_training, "error": plot_solvers}.get(claim.measure)
+        if plot:
+            plot(claim, records, folder / f"{key}.png")
     with whole_file(pathlib.Path(docs) / PAGE.name) as temporary:
         text = page_text(claims, records, study, not_here, folder, real_border)
         pathlib.Path(temporary).write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """The study of the paper's claims: its pairs, its arithmetic, what it does not repeat, and the page in docs/."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -9,19 +10,21 @@ import torch
 from helpers import ROOT, TINY, complaint, randomised, run_script
 
 from data import from_uint8, open_dataset
-from experiments import ablations, evidence
+from experiments import ablations, claims, evidence, measures, world
 from flow import sample_time
+from model import PixNerd
+from neural_field import dct_encoding
 from runtime.flops import forward_flops
 
 CONFIG = dataclasses.replace(TINY, num_classes=9, resolution=32, patch_size=8)
-STUDY = ablations.Study(CONFIG, steps=2, batch_size=3, samples=9, sampler_pictures=9)
+STUDY = world.Study(CONFIG, steps=2, batch_size=3, samples=9, sampler_pictures=9)
 
 
 @pytest.fixture
 def data():
     """Twelve drawings to learn and ten to be judged on."""
     numbers = list(range(0, 1900, 86))
-    return ablations.some_emoji(numbers[:12]), ablations.some_emoji(numbers[12:])
+    return world.some_emoji(numbers[:12]), world.some_emoji(numbers[12:])
 
 
 def a_record(row, seed, loss, distance=10.0, border=1.5, kind="train"):
@@ -54,37 +57,86 @@ def test_within_two_errors_or_of_fewer_than_three_pairs_nobody_can_tell():
     assert evidence.verdict("lower", 0) == "lower" and evidence.verdict("cannot tell", 1) == "cannot tell"
 
 
+def a_drawing(row, evaluations, distance, errors, against):
+    """A stored row that draws; errors of three pictures."""
+    measured = {"evaluations": evaluations, "cpu_seconds_per_picture": 0.5, "emoji_distance": distance, "pictures": 3}
+    measured |= {"border_ratio": 1.5, "real_border_ratio": 0.9, "errors": errors, "against": against}
+    return {"row": row, "seed": 0, "kind": "draw", "machine": "m", "code": "abc", "wall_seconds": 36.0} | measured
+
+
+def page_of(records, folder, real=1.0, not_here=()):
+    return evidence.page_text(claims.CLAIMS, records, STUDY, not_here, folder, real)
+
+
 def test_the_tables_hold_what_a_hand_computes(tmp_path):
     """Field 0.1, 0.2, 0.3 against linear 0.2, 0.4, 0.6: -0.2 with error 0.1 / sqrt(3), so the claim is agreed with."""
     records = [a_record("field", seed, 0.1 * (seed + 1), 5.0 + seed) for seed in range(3)]
     records += [a_record("linear", seed, 0.2 * (seed + 1), 9.0, 1.75) for seed in range(3)]
-    page = evidence.page_text(ablations.CLAIMS, records, STUDY, ["a thing"], tmp_path, 1.25)
-    assert "| field - linear | 3 | -0.2000 ± 0.0577 | -3.00 ± 0.58 | -0.250 ± 0.000 | lower | agrees |" in page
+    page = page_of(records, tmp_path, 1.25, ["a thing"])
+    assert "| field - linear | 3 | -0.2000 ± 0.0577 | -3.00 ± 0.58 | -0.250 ± 0.000 | agrees |" in page
     assert "| field | 3 | 4.00 M | 2.00 | 3 | 0.2000 ± 0.0577 | 6.00 ± 0.58 | 1.500 ± 0.000 |" in page
-    assert "field against linear: -0.2000 ± 0.0577, 3 seeds: **agrees**" in page
-    assert "| norm none - field | 0 |  |  |  |  | not run |" in page
-    assert "of the real pictures it is 1.250" in page and "0.1 hours" in page and "- a thing" in page
-    assert "- normalisation: norm none, norm first, norm both." in page
+    assert "| held-out loss | field - linear: -0.2000 ± 0.0577, **agrees** |" in page
+    assert "real pictures it is\n  1.250" in page and "0.1 hours" in page and "- a thing" in page
+    assert "| normalisation | normalising both matrices and the output was chosen |  | not run |" in page
+    assert "norm none; norm first; norm both" in page and "## normalisation" not in page
+
+
+def test_each_claim_has_one_line_of_the_first_table_whatever_was_compared(tmp_path):
+    records = [a_record(row, seed, 0.1) for row in ("field", "norm none", "norm both") for seed in range(3)]
+    page = page_of(records, tmp_path)
+    lines = page[: page.index("## How")].splitlines()
+    found = [line for line in lines if line.startswith("| ") and not line.startswith("| claim")]
+    assert len(found) == len(claims.CLAIMS)
+    (line,) = [line for line in found if "normalising both" in line]
+    assert "norm none - field: +0.0000 ± 0.0000, **cannot tell**<br>norm both - field: " in line
 
 
 def test_two_seeds_are_shown_and_not_concluded_from(tmp_path):
     records = [a_record(row, seed, loss) for row, loss in (("field", 0.1), ("linear", 0.9)) for seed in range(2)]
-    page = evidence.page_text(ablations.CLAIMS, records, STUDY, [], tmp_path, 1.0)
-    assert "-0.8000 ± 0.0000, 2 seeds: **cannot tell**" in page
-    assert "- decoder, with fewer than 3 seeds: linear (2), field (2)." in page
+    page = page_of(records, tmp_path)
+    assert "field - linear: -0.8000 ± 0.0000, **cannot tell**" in page
+    assert "- Seeds, of which there are fewer than 3: linear (2); field (2)." in page
 
 
-def test_the_recommendation_is_the_cheapest_that_cannot_be_told_from_50_steps(tmp_path):
-    def drawn(row, evaluations, difference):
-        record = a_record(row, 0, 0.0, kind="draw") | {"evaluations": evaluations, "error": 1.0, "error_se": 0.1}
-        return record | {"cpu_seconds_per_picture": 0.5} | difference
+def test_solvers_are_judged_by_the_errors_of_the_same_pictures(tmp_path):
+    """By hand: 1, 2, 3 less than those of Euler, -2 with error 1 / sqrt(3): agrees. The sum of the unpaired errors, 10
+    and more, could not tell."""
+    records = [a_drawing("adams2 10", 10, 7.0, [9.0, 28.0, 47.0], {"euler 50": [0.5, 1.0]})]
+    records.append(a_drawing("euler 10", 10, 9.0, [10.0, 30.0, 50.0], {"euler 50": [2.5, 1.0]}))
+    page = page_of(records, tmp_path)
+    assert "| error of the pictures | adams2 10 - euler 10: -2.00 ± 0.58, **agrees** |" in page
+    assert "| euler 10 | 10 | 0.500 | 9.00 | 1.500 (real: 0.900) | 30.00 ± 11.55 | +2.50 ± 1.00 |" in page
 
-    records = [drawn("euler 50", 50, {})]
-    for row, n, gap in (("euler 10", 10, 1.1), ("adams2 10", 10, 0.9), ("heun 20", 20, 0.0), ("heun 6", 6, -1.2)):
-        records.append(drawn(row, n, {"distance_difference": gap, "distance_difference_se": 0.5}))
-    assert "**adams2 10**" in evidence.recommendation(records)[0]
-    page = evidence.page_text(ablations.CLAIMS, records, STUDY, [], tmp_path, 1.0)
-    assert "| euler 10 | 10 | 0.500 | 1.00 ± 0.10 | 10.00 | +1.10 ± 0.50 | 1.500 |" in page
+
+def test_guidance_and_sizes_are_judged_by_the_emoji_distance(tmp_path):
+    """With three pictures: scale 1 is 3 farther than the paper's choice, ± 1, and scale 5 no farther."""
+    records = [a_drawing("scale 3.5 from 0.1", 20, 7.0, [], {})]
+    records.append(a_drawing("scale 1 from 0.1", 20, 10.0, [], {"scale 3.5 from 0.1": [3.0, 1.0]}))
+    records.append(a_drawing("scale 5 from 0.1", 20, 7.5, [], {"scale 3.5 from 0.1": [0.5, 1.0]}))
+    records.append(a_drawing("64 pixels, denser", 20, 7.5, [], {"32 pixels": [4.5, 1.0]}))
+    records.append(a_drawing("32 pixels", 20, 7.5, [], {}))
+    page = page_of(records, tmp_path)
+    assert "| scale 1 from 0.1 - scale 3.5 from 0.1 | 3 | +3.00 ± 1.00 | agrees |" in page
+    assert "| scale 5 from 0.1 - scale 3.5 from 0.1 | 3 | +0.50 ± 1.00 | cannot tell |" in page
+    assert "| 64 pixels, denser - 32 pixels | 3 | +4.50 ± 1.00 | higher |" in page
+
+
+def test_the_recommendation_is_the_fewest_evaluations_that_cannot_be_told_from_50_steps():
+    """Of each solver, and of those with equally few the one with the least error; lower is not the same either."""
+    records = [a_drawing("euler 50", 50, 8.0, [0.1] * 3, {})]
+    rows = (("euler 20", 0.2), ("euler 10", 1.1), ("adams2 10", 0.9), ("adams3 10", 0.9), ("heun 6", -1.2))
+    for name, gap in rows:
+        error = [1.0 if name == "adams3 10" else 2.0] * 3
+        records.append(a_drawing(name, int(name.split()[1]), 8.0 + gap, error, {"euler 50": [gap, 0.5]}))
+    (said, _) = evidence.recommendation(claims.CLAIMS["solvers"].rows(), records, "euler 50")
+    assert "euler 20; " in said and "adams2 10; " in said and "none of heun" in said and "**adams3 10**" in said
+    assert evidence.recommendation(["euler 10"], records[1:], "euler 50") == []
+
+
+def test_a_picture_costs_its_evaluations(tmp_path):
+    about = {"row": "XL/16", "seed": 0, "kind": "cost", "machine": "m", "code": "abc", "wall_seconds": 9.0}
+    page = page_of([about | {"cpu_seconds_per_evaluation": 12.5}], tmp_path)
+    assert "XL/16: 625 s with 50" in page and "| CPU s a picture | 62 | 125 | 250 | 625 | 1250 |" in page
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -92,11 +144,12 @@ def test_the_recommendation_is_the_cheapest_that_cannot_be_told_from_50_steps(tm
 
 def test_the_page_in_docs_is_what_the_stored_runs_say():
     """Written again from docs/evidence/runs.jsonl, it is the same to the letter. Catches a number typed by hand."""
-    study, docs = ablations.Study(), ROOT / "docs"
+    study, docs = world.Study(), ROOT / "docs"
     records = ablations.Runs(docs / "evidence").of(study)
-    real = ablations.border_ratio(open_dataset("emoji", 32).images)
-    page = evidence.page_text(ablations.CLAIMS, records, study, ablations.NOT_HERE, docs / "evidence", real)
+    real = measures.border_ratio(open_dataset("emoji", 32).images)
+    page = evidence.page_text(claims.CLAIMS, records, study, claims.NOT_HERE, docs / "evidence", real)
     assert page == (docs / "evidence.md").read_text(encoding="utf-8")
+    assert not [r["row"] for r in records if r["row"] not in {*claims.ROWS, *claims.DRAWN, *claims.COSTS}]
 
 
 def test_every_stored_run_says_how_it_was_made():
@@ -144,13 +197,12 @@ def test_an_interrupted_study_goes_on_where_it_stopped_and_repeats_nothing(tmp_p
         return {"loss": 0.5, "emoji_distance": 1.0}
 
     monkeypatch.setattr(ablations, "train_row", train_row)
-    claims = [ablations.CLAIMS["decoder"]]
     with pytest.raises(KeyboardInterrupt):
-        ablations.do(claims, [0, 1], STUDY, ablations.Runs(tmp_path))
+        ablations.do(["linear", "field"], [0, 1], STUDY, ablations.Runs(tmp_path))
     assert done == [("linear", 0)]
     fail.clear()
     for _ in range(2):
-        ablations.do(claims, [0, 1], STUDY, ablations.Runs(tmp_path))
+        ablations.do(["linear", "field"], [0, 1], STUDY, ablations.Runs(tmp_path))
         assert done == [("linear", 0), ("field", 0), ("linear", 1), ("field", 1)]
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == ["linear", "field", "linear", "field"]
@@ -158,32 +210,123 @@ def test_an_interrupted_study_goes_on_where_it_stopped_and_repeats_nothing(tmp_p
     assert ablations.Runs(tmp_path).find("field", 0, STUDY) and not ablations.Runs(tmp_path).find("field", 0, longer)
 
 
+def test_lines_of_two_machines_are_joined_by_appending_them_in_any_order(tmp_path):
+    """The page is the same, and what either has done is done."""
+    here = [a_record(row, 0, 0.1) for row in ("field", "linear")] + [a_record("field", 1, 0.1)]
+    there = [a_record("linear", 1, 0.3), a_drawing("euler 50", 50, 8.0, [0.1] * 3, {}) | {"study": here[0]["study"]}]
+    pages = []
+    for number, lines in enumerate((here + there, there[::-1] + here[::-1])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs = ablations.Runs(folder)
+        assert all(runs.find(line["row"], line["seed"], STUDY) for line in lines)
+        pages.append(page_of(runs.of(STUDY), tmp_path))
+    assert pages[0] == pages[1]
+
+
 def test_every_row_makes_a_model_and_field_and_linear_cost_the_same():
-    trained = {"repa", "projector", "loss", "steps_times"}
-    configs = {}
-    for name, settings in ablations.ROWS.items():
-        changed = {key: value for key, value in settings.items() if key not in trained}
-        configs[name] = dataclasses.replace(ablations.WORLD, **changed)
-    assert forward_flops(configs["field"]) == pytest.approx(forward_flops(configs["linear"]), rel=0.05)
-    for claim in ablations.CLAIMS.values():
-        assert set(claim.rows()) <= configs.keys() | ablations.DRAWN.keys() | ablations.GUIDED.keys()
+    configs = {name: ablations.config_of(name, world.Study()) for name in claims.ROWS}
+    for pair in (("field", "linear"), ("field, patches of 16", "linear, patches of 16")):
+        field, linear = (configs[name] for name in pair)
+        assert forward_flops(field) == pytest.approx(forward_flops(linear), rel=0.05)
+        assert field.hidden_size > 3 * field.patch_size**2  # the paper's 1024 > 768
+    for key, claim in claims.CLAIMS.items():
+        assert (
+            set(claim.rows()) <= {"train": claims.ROWS, "draw": claims.DRAWN, "cost": claims.COSTS}[claim.kind].keys()
+        )
+        assert claim.measure in evidence.MEASURES or claim.kind == "cost", key
+
+
+def test_a_row_of_64_pixels_learns_and_is_judged_at_its_own_size(monkeypatch):
+    """Samples are shrunk for the emoji distance, and borders of patches of 16 are compared with those of real ones."""
+    small = {"resolution": 64, "patch_size": 16, "hidden_size": 32, "num_heads": 2, "lr": 1e-3}
+    monkeypatch.setitem(claims.ROWS, "field, patches of 16", small)
+    data = world.some_emoji([1, 2, 3, 4], 64), world.some_emoji([5, 6], 64)
+    found = ablations.train_row("field, patches of 16", 0, STUDY, data)
+    real = measures.border_ratio(open_dataset("emoji", 64).images, 16)
+    assert found["real_border_ratio"] == pytest.approx(real) and found["emoji_distance"] > 0
+    own = dataclasses.replace(CONFIG, resolution=64, patch_size=16, hidden_size=32, num_heads=2)
+    assert found["gflop_per_step"] == pytest.approx(3 * 3 * forward_flops(own) / 1e9)
 
 
 def test_more_evaluations_come_closer_to_the_finest(monkeypatch):
     """Of a random model, whose path is anything but straight; the finest itself has no error."""
-    monkeypatch.setitem(ablations.DRAWN, "finest", {"solver": "adams2", "evaluations": 60})
-    model, cache = randomised(CONFIG), {}
-    found = {
-        name: ablations.draw_row(name, 0, STUDY, model, cache)
-        for name in ("euler 6", "euler 20", "heun 20", "euler 50", "finest")
-    }
-    errors = [found[name]["error"] for name in ("euler 6", "euler 20", "heun 20")]
-    assert errors == sorted(errors, reverse=True) and "error" not in found["finest"]
+    monkeypatch.setitem(claims.DRAWN, "finest", {"evaluations": 60})
+    cache = {"emoji": (randomised(CONFIG), torch.arange(9))}
+    names = ("euler 6", "euler 20", "heun 20", "euler 50", "finest")
+    found = {name: ablations.draw_row(name, 0, cache) for name in names}
+    errors = [sum(found[name]["errors"]) for name in ("euler 6", "euler 20", "heun 20")]
+    assert errors == sorted(errors, reverse=True) and "errors" not in found["finest"]
     assert [found[name]["evaluations"] for name in ("euler 6", "heun 20")] == [6, 20]
-    assert "distance_difference" in found["heun 20"] and "distance_difference" not in found["euler 50"]
-    again = ablations.draw_row("heun 20", 0, STUDY, model, {})  # as after a restart: the references are drawn anew
-    assert again["error"] == found["heun 20"]["error"]
-    assert again["distance_difference_se"] == found["heun 20"]["distance_difference_se"]
+    assert found["heun 20"]["against"].keys() == {"euler 50"} and not found["euler 50"]["against"]
+    again = ablations.draw_row("heun 20", 0, {"emoji": cache["emoji"]})  # as after a restart: drawn anew
+    assert again["errors"] == found["heun 20"]["errors"] and again["against"] == found["heun 20"]["against"]
+
+
+@pytest.mark.parametrize(
+    "row, calls, patch", [("48 pixels, more tokens", {(48, None)}, 8), ("64 pixels, denser", {(64, (4, 4))}, 16)]
+)
+def test_other_sizes_are_drawn_by_more_tokens_or_by_denser_patches(row, calls, patch, monkeypatch):
+    """And the borders of their own patches are looked at. Catches a size that is asked for and not drawn."""
+    monkeypatch.setitem(claims.DRAWN, row, claims.DRAWN[row] | {"evaluations": 2})
+    monkeypatch.setitem(claims.DRAWN, "32 pixels", {"evaluations": 2})
+    monkeypatch.setattr(ablations, "bases_of", lambda name: ["32 pixels"])
+    plain, seen, model = ablations.generate, set(), randomised(CONFIG)
+
+    def watched(model, y, noise, *how, grid, **more):
+        seen.add((noise.shape[-1], grid))
+        return plain(model, y, noise, *how, grid=grid, **more)
+
+    monkeypatch.setattr(ablations, "generate", watched)
+    found = ablations.draw_row(row, 0, cache := {"emoji": (model, torch.arange(9))})
+    assert seen == calls | {(32, None)} and cache[row, 0][0].shape[-1] == claims.DRAWN[row]["side"]
+    assert found["border_ratio"] == measures.border_ratio(cache[row, 0][0], patch)
+    assert found["against"].keys() == {"32 pixels"}
+
+
+def test_every_comparison_of_emoji_distances_is_stored_with_the_row():
+    for claim in claims.CLAIMS.values():
+        for row, base, _ in claim.pairs if claim.measure == "distance" else ():
+            assert base in claims.bases_of(row)
+    assert claims.bases_of("text, adams2 5") == ["text, euler 50"] and claims.bases_of("euler 50") == []
+
+
+def test_the_models_in_assets_are_asked_for_what_the_emoji_are():
+    """Classes and names as often as in the data, each model with conditions that it takes."""
+    model, y = ablations.ask("emoji", 9)
+    assert y.shape == (9,) and y.tolist() == sorted(y.tolist()) and model.config.num_classes == 9
+    model, y = ablations.ask("emoji-text", 4)
+    assert y.shape == (4, model.config.text_length, model.config.text_width) and len(y.unique(dim=0)) == 4
+
+
+def test_the_time_of_an_evaluation_is_that_of_two_passes(monkeypatch):
+    monkeypatch.setitem(claims.COSTS, "XL/16", CONFIG)
+    calls = []
+    monkeypatch.setattr(ablations, "timings", lambda call, *_: [calls.append(call())] and [3.0, 1.0, 2.0])
+    found = ablations.measured("XL/16", 0, STUDY, {}, None)
+    assert found == {
+        "cpu_seconds_per_evaluation": 2.0,
+        "gflop_per_evaluation": pytest.approx(2 * forward_flops(CONFIG) / 1e9),
+    }
+    assert len(calls) == 1
+
+
+# ---- the encoding of the paper ---------------------------------------------------------------------------------------
+
+
+def test_whole_frequencies_are_eq_12_as_the_paper_writes_it():
+    """Against a naive loop over pixels and frequencies, in the released model's order of features."""
+    features = claims.whole_dct(3, 5, 4)
+    for i, j, k, l in itertools.product(range(3), range(5), range(4), range(4)):
+        value = math.cos(math.pi * k * j / 4) * math.cos(math.pi * l * i / 2) / (1 + k * l)
+        assert features[i * 5 + j, k * 4 + l].item() == pytest.approx(value, abs=1e-6)
+    assert features.shape == dct_encoding(3, 5, 4).shape
+
+
+def test_an_encoding_that_an_experiment_adds_can_be_chosen_by_its_name():
+    field = PixNerd(ablations.config_of("whole frequencies", STUDY)).decoder
+    assert torch.equal(field.trained_encoding, claims.whole_dct(8, 8, CONFIG.num_freqs))
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -199,14 +342,14 @@ def test_held_out_losses_are_those_of_each_tenth_of_t_with_the_same_noise_for_al
             assert torch.equal(y, labels) and len(set((t * 10).long().tolist())) == 1
             return (x - x_t) / (1 - t).view(-1, 1, 1, 1)
 
-    assert max(ablations.held_out_loss(Knows(), held_out)) < 1e-3
-    nothing = ablations.held_out_loss(lambda x_t, t, y: 0 * x_t, held_out)
-    assert nothing == ablations.held_out_loss(lambda x_t, t, y: 0 * x_t, held_out)
+    assert max(measures.held_out_loss(Knows(), held_out)) < 1e-3
+    nothing = measures.held_out_loss(lambda x_t, t, y: 0 * x_t, held_out)
+    assert nothing == measures.held_out_loss(lambda x_t, t, y: 0 * x_t, held_out)
     assert all(value == pytest.approx(1 + x.square().mean().item(), rel=0.05) for value in nothing)
 
 
 def test_the_loss_is_weighted_as_training_meets_the_times():
-    mass = ablations.time_mass()
+    mass = measures.time_mass()
     t = sample_time(200_000, generator=torch.Generator().manual_seed(0))
     shares = (t * 10).long().bincount(minlength=10) / len(t)
     assert sum(mass) == pytest.approx(1) and shares.tolist() == pytest.approx(mass, abs=0.003)
@@ -217,14 +360,14 @@ def test_the_border_ratio_compares_steps_across_patches_with_steps_inside():
     across = torch.tensor([4 if i % 8 == 0 and i else 1 for i in range(16)]).cumsum(0)
     down = torch.tensor([4 if i % 8 == 0 and i else 2 for i in range(16)]).cumsum(0)
     images = (across + down[:, None]).expand(2, 3, 16, 16).to(torch.uint8)
-    assert ablations.border_ratio(images) == pytest.approx(4 / 1.5)
+    assert measures.border_ratio(images) == pytest.approx(4 / 1.5)
 
 
 def test_the_bootstrap_of_the_same_pictures_finds_no_difference():
     seen, real = torch.randn(40, 3), torch.randn(50, 3)
-    assert ablations.paired_bootstrap(seen, seen, real) == {"distance_difference": 0.0, "distance_difference_se": 0.0}
-    far = ablations.paired_bootstrap(seen + 3, seen, real)
-    assert far["distance_difference"] > 2 * far["distance_difference_se"] > 0
+    assert measures.paired_bootstrap(seen, seen, real) == (0.0, 0.0)
+    gap, error = measures.paired_bootstrap(seen + 3, seen, real)
+    assert gap > 2 * error > 0
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------
@@ -233,13 +376,20 @@ def test_the_bootstrap_of_the_same_pictures_finds_no_difference():
 def test_the_list_of_held_out_drawings_is_what_the_split_gives_and_holds_no_near_duplicate():
     """Of all pairs of a drawing to learn and one held out, none is as close as near-duplicates are."""
     emoji = open_dataset("emoji", 32)
-    learnt, held_out = ablations.training_and_held_out()
-    held = [int(line.split()[0]) for line in ablations.HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    assert held == ablations.split(emoji.images)
+    learnt, held_out = world.training_and_held_out()
+    held = [int(line.split()[0]) for line in world.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    assert held == world.split(emoji.images)
     assert len(learnt) + len(held_out) == len(emoji) and 180 < len(held_out) < 200
     assert set(held_out.labels) == set(range(9))
     one, other = (from_uint8(part.images).flatten(1) for part in (learnt, held_out))
-    assert (torch.cdist(one, other) / math.sqrt(one.shape[1])).min() >= ablations.NEAR - 1e-4
+    assert (torch.cdist(one, other) / math.sqrt(one.shape[1])).min() >= world.NEAR - 1e-4
+
+
+def test_pictures_are_resized_by_averages_of_areas():
+    """64 to 32 as the data set does it; 48 to 32 is exact for stripes three pixels wide: 1.5 pixels each, a mean."""
+    assert torch.equal(world.resized(open_dataset("emoji", 64).images[:9], 32), open_dataset("emoji", 32).images[:9])
+    stripes = torch.tensor([0, 90, 180] * 16, dtype=torch.uint8).expand(1, 3, 48, 48)
+    assert world.resized(stripes, 32)[0, 0, 0, :4].tolist() == [30, 150, 30, 150]
 
 
 def test_chains_of_near_duplicates_are_one_group():
@@ -247,7 +397,7 @@ def test_chains_of_near_duplicates_are_one_group():
     images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
     for i, value in enumerate((100, 115, 130, 200, 145)):
         images[i] = value
-    groups = ablations.near_duplicates(images, near=0.13).tolist()
+    groups = world.near_duplicates(images, near=0.13).tolist()
     assert groups == [0, 0, 0, 3, 0]
 
 
@@ -256,14 +406,14 @@ def test_chains_of_near_duplicates_are_one_group():
 
 def test_the_list_names_every_claim_and_what_is_done(tmp_path):
     status, stdout, _ = run_script("experiments/ablations.py", "--list", "--out", tmp_path)
-    assert status == 0 and all(f"\n{key}: " in f"\n{stdout}" for key in ablations.CLAIMS)
+    assert status == 0 and all(f"\n{key}: " in f"\n{stdout}" for key in claims.CLAIMS)
     assert "field: seeds done none" in stdout
 
 
 def test_the_page_alone_is_written_from_nothing(tmp_path):
     status, stdout, _ = run_script("experiments/ablations.py", "--page", "--out", tmp_path)
     assert status == 0 and "evidence.md" in stdout
-    assert "| [decoder](#decoder-" in (tmp_path / "evidence.md").read_text()
+    assert "| decoder | the field is better at equal cost |  | not run |" in (tmp_path / "evidence.md").read_text()
 
 
 def test_mistakes_get_one_line(tmp_path):
@@ -276,6 +426,10 @@ def test_plots_are_drawn_from_the_stored_runs(tmp_path):
     pytest.importorskip("matplotlib", reason="requirements-plots.txt is not installed")
     records = [a_record(row, seed, 0.1 + seed) for row in ("field", "linear") for seed in range(3)]
     (tmp_path / "evidence").mkdir()
-    evidence.write_page(ablations.CLAIMS, records, STUDY, [], tmp_path, 1.0, plots=True)
-    assert (tmp_path / "evidence" / "decoder.png").read_bytes().startswith(b"\x89PNG")
-    assert "evidence/decoder.png" in (tmp_path / "evidence.md").read_text()
+    for n in (10, 20):
+        for solver in ("euler", "adams2"):
+            records.append(a_drawing(f"{solver} {n}", n, 9.0, [9.0, 7.0, 5.0], {"euler 50": [0.5, 1.0]}))
+    evidence.write_page(claims.CLAIMS, records, STUDY, [], tmp_path, 1.0, plots=True)
+    for name in ("claims", "decoder", "solvers"):
+        assert (tmp_path / "evidence" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"evidence/{name}.png" in (tmp_path / "evidence.md").read_text()
