@@ -9,6 +9,7 @@ Left out: accounts, and whatever else a page on the internet needs.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import tempfile
@@ -19,11 +20,12 @@ from data import to_uint8
 from runtime.asked import Served, controls_of, read
 from runtime.files import UserError, run
 from runtime.inside import DENSITIES, Inside, comparable, recorded_tokens, replayed_tokens
+from runtime.jobs import in_step
 from runtime.machine import keep_memory, pick_device
 from runtime.models import SHIPPED_FILES, find_model
 from runtime.options import POSITIVE, number
 from runtime.page import a_number, build, serve
-from runtime.pictures import draw_all, film_frame, picture_grid, save_film, save_picture, save_singles
+from runtime.pictures import film_frame, picture_grid, save_film, save_picture, save_singles
 from sample import draw, settings_of
 from samplers import generate, image_noise
 
@@ -37,25 +39,22 @@ def settings(asked):
     return settings_of(asked.flags, asked.served.hash, asked.served.device, asked.size)
 
 
-def draw_by(send, asked, solvers, film=False, report=lambda solver, x_t, x: {}):
-    """`draw_all` of what is asked. After each step it sends how far it is, and what `report` makes of the state."""
-    flags = asked.flags
+def draw_by(solver, asked, watch):
+    """The pictures that are asked for, by one solver: uint8 (N, 3, H, W). watch: of `generate`."""
+    model, flags = asked.served.model, asked.flags
+    how = asked.how | {"solver": solver, "watch": watch, "seed": flags["seed"], "temperature": flags["temperature"]}
+    return draw(model, asked.y, range(len(asked.y)), asked.size, **how)
 
-    def draw_batch(numbers, watch, solver):
-        def told(step, t, x_t, x):
-            watch(step, t, x_t, x)
-            line = {"status": f"{solver}: step {step} of {flags['steps']}, time {float(t):.2f}"}
-            send(line | report(solver, x_t, x), needed=False)
 
-        how = asked.how | {"solver": solver, "watch": told}
-        return draw(asked.served.model, asked.y, numbers, asked.size, flags["seed"], flags["temperature"], **how)
-
-    return draw_all(draw_batch, len(asked.y), len(asked.y), solvers, flags["steps"], film)
+def how_far(asked, solvers, step, t):
+    """The status of a job after a step."""
+    return {"status": f"{', '.join(solvers)}: step {step} of {asked.flags['steps']}, time {float(t):.2f}"}
 
 
 def draw_job(send, folder, asked):
     """Pictures, each in a file of its own and all in one."""
-    (images,), _ = draw_by(send, asked, asked.solvers[:1])
+    solvers = asked.solvers[:1]
+    images = draw_by(*solvers, asked, lambda step, t, *_: send(how_far(asked, solvers, step, t), needed=False))
     save_singles(folder / "singles", images, [asked.title] * len(images), settings(asked))
     save_picture(folder / "pixnerd.png", picture_grid(images), settings(asked))
     files = [(str(file), f"{asked.title} {i}") for i, file in enumerate(sorted((folder / "singles").iterdir()))]
@@ -64,15 +63,19 @@ def draw_job(send, folder, asked):
 
 
 def watch_job(send, folder, asked):
-    """A film of every step, by one solver or by several from the same noise."""
-    latest = {}  # pair of pictures of each solver
+    """A film of every step, by one solver or by several from the same noise, which take each step in turn."""
 
-    def report(solver, x_t, x):
-        latest[solver] = torch.stack([to_uint8(x_t), to_uint8(x)]).cpu()  # (2, N, 3, H, W)
-        return {"frame": film_frame([*latest.values()], [*latest])}
+    def by(solver):
+        def job(tell):
+            draw_by(solver, asked, lambda step, t, x_t, x: tell((step, t, torch.stack([to_uint8(x_t), to_uint8(x)]))))
 
-    _, films = draw_by(send, asked, asked.solvers, True, report)
-    frames = [film_frame(pairs, asked.solvers) for pairs in zip(*films)]
+        return job
+
+    frames = []
+    with contextlib.closing(in_step([by(solver) for solver in asked.solvers])) as steps:
+        for told in steps:  # (step, time, uint8 (2, N, 3, H, W)) of each solver
+            frames.append(film_frame([pair.cpu() for _, _, pair in told], asked.solvers))
+            send(how_far(asked, asked.solvers, *told[0][:2]) | {"frame": frames[-1]}, needed=False)
     save_film(folder / "film.gif", frames, settings=settings(asked))
     moment = {"value": len(frames) - 1, "maximum": len(frames) - 1, "interactive": True}
     send({"film": str(folder / "film.gif"), "moment": moment, "watched": frames, "frame": frames[-1]})

@@ -7,13 +7,13 @@ from fractions import Fraction
 
 import torch
 
-from runtime.choices import find_size
+from runtime.choices import find_size, smallest_patch
 from runtime.files import UserError
 from runtime.flops import forward_flops
 from runtime.inside import DENSITIES
 from runtime.machine import freeze, pick_precision
 from runtime.models import find_model, weights_hash
-from runtime.page import LABELS, SLIDERS, Parser, a_number, a_text, one_of
+from runtime.page import LABELS, SLIDERS, TEXT_SIZES, Parser, a_number, a_text, one_of
 from runtime.prompts import open_encoder, title_of
 from runtime.sample_options import parse_args, suit
 from runtime.sampling_cost import check_memory, velocity_flops
@@ -73,13 +73,14 @@ def read(models, values, limit, film=False, inside=False):
     served = models[one_of("ckpt", given["ckpt"], list(models))]
     config, P = served.model.config, served.model.config.patch_size
     given |= {name: a_number(name, given[name], *SLIDERS[name][1:]) for name in SLIDERS}
+    for name, control in sizes_of(config).items():
+        if control["visible"]:
+            given[name] = a_number(name, given[name], control["minimum"], control["maximum"], control["step"])
     title, what, y = _condition(served, given)
-    given |= what | {"upscale": "1", "resolution": f"{given['rows'] * P}x{given['columns'] * P}"}
     if served.text:
-        given["resolution"] = f"{given['rows'] * given['pixels']}x{given['columns'] * given['pixels']}"
-        if (given["rows"], given["columns"]) != config.token_grid(config.resolution, config.resolution):
-            raise UserError("--rows and --columns of a model of sentences stay as it was trained")
+        given |= what | {"resolution": f"{given['height']}x{given['width']}", "upscale": "1"}
     else:
+        given |= what | {"resolution": f"{given['rows'] * P}x{given['columns'] * P}"}
         given["upscale"] = str(Fraction(given["pixels"], P))
     flags = ("ckpt", *what, "num", "seed", "solver", "order", "steps", "cfg", "shift", "temperature")
     # "--flag=value" is one word, so that no value can be taken for a flag.
@@ -88,7 +89,8 @@ def read(models, values, limit, film=False, inside=False):
     flags = parse_args(words, Parser)
     suit(flags, config)
     flags = vars(flags)
-    others = [one_of("others", other, list(SOLVERS)) for other in given["others"] if film]
+    others = given["others"] if type(given["others"]) is list else [given["others"]]
+    others = [one_of("others", other, list(SOLVERS)) for other in others if film]
     solvers = list(dict.fromkeys([flags["solver"][0], *others]))
     flags |= {"precision": served.precision, "compile": "off", "solver": solvers}
 
@@ -108,7 +110,9 @@ def read(models, values, limit, film=False, inside=False):
         served.measure()  # the machine may have been busy before
     if flops > limit * served.speed:
         line = f"about {flops / served.speed:,.0f} s, and a job may take {limit:,.0f} s"
-        raise UserError(f"this would take {line}: lower --steps, --num or --upscale")
+        raise UserError(
+            f"this would take {line}: lower --steps, --num or --{'resolution' if served.text else 'upscale'}"
+        )
     command = shlex.join(["python", "sample.py", *words])
     return Asked(served, title, flags, command, y, size, grid, how, solvers, flops / served.speed)
 
@@ -126,16 +130,31 @@ def _condition(served, given):
     return names[index], {"class": name}, torch.tensor([index], device=served.device)  # (1)
 
 
+def sizes_of(config):
+    """The controls of the size: {control: properties}, those of the other kind of model invisible.
+
+    A model of classes draws up to twice the tokens that it was trained with, and any number of pixels for each. A model
+    of sentences keeps its tokens, and its patches need not be square: from a quarter of the trained height and width to
+    twice as much, in steps of one pixel of each patch. For XXL these are the 128 to 1024 of the authors' demo.
+    """
+    P, R, text = config.patch_size, config.resolution, hasattr(config, "text_encoder")
+    tokens = R // P
+    low, high = (P, P) if config.decoder == "linear" else (smallest_patch(config), 4 * P)
+    ranges = {"rows": (1, 2 * tokens, tokens, 1), "columns": (1, 2 * tokens, tokens, 1), "pixels": (low, high, P, 1)}
+    ranges |= dict.fromkeys(TEXT_SIZES, (tokens * -(-P // 4), 2 * R, R, tokens))
+    names = ("minimum", "maximum", "value", "step")
+    return {name: dict(zip(names, row)) | {"visible": (name in TEXT_SIZES) == text} for name, row in ranges.items()}
+
+
 def controls_of(served):
     """What the controls show when a model is chosen: {control: properties}."""
     config, names = served.model.config, served.model.class_names or []
     defaults = parse_args([f"--ckpt={served.name}", *(["--prompt=x"] if served.text else [])])
     suit(defaults, config)
     defaults = vars(defaults)
-    P, tokens = config.patch_size, config.resolution // config.patch_size
     values = {name: defaults[name] for name in ("steps", "cfg", "shift", "temperature", "order")}
-    values |= dict(zip(("low", "high"), defaults["interval"])) | {"rows": tokens, "columns": tokens, "pixels": P}
-    shown = {name: {"value": value} for name, value in values.items()}
+    values |= dict(zip(("low", "high"), defaults["interval"]))
+    shown = {name: {"value": value} for name, value in values.items()} | sizes_of(config)
     choices = [(f"{index} {name}", index) for index, name in enumerate(names)]
     shown |= {"class": {"choices": choices, "value": None if served.text else 0, "visible": not served.text}}
     shown |= {name: {"visible": served.text} for name in ("prompt", "negative")}

@@ -33,10 +33,10 @@ SLIDERS = {
     "high": ("Guided until time", 0, 1, 0.05),
     "shift": ("Time shift (above 1: smaller steps near noise)", 0.1, 5, 0.1),
     "temperature": ("Temperature of the noise", 0.1, 2, 0.05),
-    "rows": ("Height in tokens", 1, 64, 1),
-    "columns": ("Width in tokens", 1, 64, 1),
-    "pixels": ("Pixels along a patch", 1, 64, 1),
 }
+# Controls of the size, for models of classes and of sentences; their ranges depend on the model.
+CLASS_SIZES = {"rows": "Height in tokens", "columns": "Width in tokens", "pixels": "Pixels along a patch"}
+TEXT_SIZES = {"height": "Height in pixels", "width": "Width in pixels"}
 LABELS = {
     "ckpt": "Model",
     "class": "Class",
@@ -46,9 +46,9 @@ LABELS = {
     "solver": "Solver",
     "others": "Compare with",
 }
-LABELS |= {name: row[0].split(" (")[0] for name, row in SLIDERS.items()}
+LABELS |= {name: row[0].split(" (")[0] for name, row in SLIDERS.items()} | CLASS_SIZES | TEXT_SIZES
 # What the messages of sample.py call otherwise.
-WORDS = {"batch-size": LABELS["num"], "resolution": LABELS["rows"], "upscale": LABELS["pixels"]}
+WORDS = {"batch-size": LABELS["num"], "resolution": "Size of the pictures", "upscale": LABELS["pixels"]}
 WORDS |= {"interval": LABELS["low"], "picture": "Number of the picture", "moment": "Step"}
 WORDS |= {"row": "Patch, row", "column": "Patch, column", "time": "Step at which to look"}
 CSS = """
@@ -85,10 +85,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def a_number(name, value, low, high, step=1):
-    """The value of a control as int (step 1) or float. UserError if it is none, or not in [low, high]."""
-    kind = int if step == 1 else float
-    if type(value) not in (int, float) or not low <= value <= high or kind(value) != value:
-        word = "whole number" if step == 1 else "number"
+    """The value of a control, for a whole step as int, one of its multiples; else as float.
+
+    UserError if it is none, or not in [low, high].
+    """
+    kind = type(step)
+    if type(value) not in (int, float) or not low <= value <= high or (kind is int and value % step):
+        word = ("whole number" if step == 1 else f"multiple of {step}") if kind is int else "number"
         raise UserError(f"--{name} takes a {word} from {low} to {high}, not {str(value)[:40]!r}")
     return kind(value)
 
@@ -158,8 +161,9 @@ def _picture(add, name, label, **properties):
 def _add_controls(add, models, controls):
     def sliders(*names):
         for name in names:
-            label, low, high, step = SLIDERS[name]
-            add(name, gr.Slider, low, high, controls.get(name, {}).get("value", 4), step=step, label=label)
+            label, low, high, step = SLIDERS.get(name, (LABELS[name], 0, 1, 1))
+            properties = dict(minimum=low, maximum=high, step=step, value=4, label=label)
+            add(name, gr.Slider, **properties | controls.get(name, {}))
 
     add("ckpt", gr.Dropdown, models, value=models[0], label=LABELS["ckpt"])
     add("class", gr.Dropdown, label=LABELS["class"], **controls["class"])
@@ -171,8 +175,8 @@ def _add_controls(add, models, controls):
     with gr.Accordion("Solver and guidance", open=False):
         add("solver", gr.Dropdown, list(SOLVERS), label=LABELS["solver"], **controls["solver"])
         sliders("steps", "order", "cfg", "low", "high", "shift", "temperature")
-    with gr.Accordion("Size of the pictures", open=False):
-        sliders("rows", "columns", "pixels")
+    with gr.Accordion(WORDS["resolution"], open=False):
+        sliders(*CLASS_SIZES, *TEXT_SIZES)
 
 
 def _add_draw(add):

@@ -96,13 +96,15 @@ def enlarge(images, side):
 
 
 def film_frame(pairs, solvers):
-    """One time of a drawing by one or several solvers: x_t on the left, the predicted image on the right.
+    """One time of a drawing: x_t on the left, the predicted image on the right; of several solvers, side by side.
 
-    pairs: for each solver uint8 (2, N, 3, H, W), as in the films of `draw_all`. Several solvers have a row each.
+    pairs: for each solver uint8 (2, N, 3, H, W), as in the films of `draw_all`. Each of several solvers has a panel,
+    x_t above and the predicted image below.
     """
-    images = torch.stack(pairs, dim=1).flatten(0, 2)  # (2 * solvers * N, 3, H, W)
-    columns, titles = (pairs[0].shape[1], solvers) if len(solvers) > 1 else (None, None)
-    return picture_grid(enlarge(images, 128), columns, titles, ["x_t", "predicted clean image"], 16)
+    images = enlarge(torch.cat(pairs).flatten(0, 1), 128)  # (solvers * 2 * N, 3, H, W)
+    if len(solvers) == 1:
+        return picture_grid(images, None, None, ["x_t", "predicted clean image"], 16)
+    return picture_grid(images, pairs[0].shape[1], ["x_t", "predicted"], solvers, 16)
 
 
 def _notes(settings):

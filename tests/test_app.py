@@ -12,14 +12,16 @@ from helpers import TINY, complaint, run_script, run_state, text_state
 from PIL import Image
 
 import app
-from model import PixNerd
+from model import PRESETS, PixNerd
+from runtime import asked as asked_module
 from runtime import page, sampling_cost
 from runtime.asked import Served, controls_of, read
 from runtime.checkpoint import FORMAT, load_model, save_checkpoint
 from runtime.files import UserError
 from runtime.inside import comparable, field_of_patch
+from runtime.jobs import Stopped, in_step, listen
+from runtime.models import RELEASED_CONFIGS
 from runtime.sample_options import SMALL_TEXT_DEFAULTS
-from runtime.jobs import Stopped, listen
 
 CPU = torch.device("cpu")
 
@@ -111,11 +113,11 @@ def test_the_command_that_the_page_shows_draws_the_same_pixels_and_settings(mode
 
 def test_so_it_does_for_prompts_and_a_negative_prompt_lasts_for_one_job(sentences, tmp_path):
     drawn = []
-    prompts = [{}, {"prompt": "--npz=x", "negative": "green"}, {"prompt": "pear", "pixels": 12}, {}]
+    prompts = [{}, {"prompt": "--npz=x", "negative": "green"}, {"prompt": "pear", "height": 24}, {}]
     for number, changes in enumerate(prompts):
         (tmp_path / str(number)).mkdir()
         drawn.append(same_as_its_command(asked(sentences, changes), tmp_path / str(number)))
-    assert (drawn[0] == drawn[3]).all() and (drawn[0] != drawn[1]).any() and drawn[2].shape[1] == 24
+    assert (drawn[0] == drawn[3]).all() and (drawn[0] != drawn[1]).any() and drawn[2].shape[1:3] == (24, 16)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,9 @@ def test_so_it_does_for_prompts_and_a_negative_prompt_lasts_for_one_job(sentence
         ({"prompt": "x" * 3000}, "Prompt"),
         ({"negative": "x" * 3000}, "Negative prompt"),
         ({"negative": "green", "cfg": 1}, "Negative prompt"),
-        ({"rows": 3}, "Height in tokens"),
+        ({"height": 17}, "Height in pixels"),
+        ({"height": 1024}, "Height in pixels"),
+        ({"width": None}, "Width in pixels"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -179,9 +183,11 @@ def test_the_patches_of_a_text_model_can_be_looked_into(sentences):
         ({"cfg": float("inf")}, "Guidance scale"),
         ({"low": 0.8, "high": 0.2}, "Guided from time"),
         ({"rows": 10**9}, "Height in tokens"),
+        ({"rows": 9}, "Height in tokens"),
         ({"columns": None}, "Width in tokens"),
         ({"pixels": 0}, "Pixels along a patch"),
         ({"others": ["magic"]}, "Compare with"),
+        ({"others": None}, "Compare with"),
     ],
     ids=str,
 )
@@ -200,6 +206,33 @@ def test_a_job_that_would_take_too_long_or_too_much_memory_is_refused_before_it_
     monkeypatch.setattr(sampling_cost, "available_memory", lambda device: 1e5)
     with pytest.raises(UserError, match="GB are free"):
         asked(models)
+
+
+def test_height_and_width_of_a_text_model_are_apart_with_the_ranges_of_the_authors_demo(models, sentences):
+    """Of XXL at 512; of another text model in its proportions. Models of classes have other controls."""
+    xxl = asked_module.sizes_of(RELEASED_CONFIGS["xxl"])
+    for name in ("height", "width"):
+        assert xxl[name] == {"minimum": 128, "maximum": 1024, "value": 512, "step": 32, "visible": True}
+    shown = {name for name, control in xxl.items() if control["visible"]}
+    assert shown == {"height", "width"}
+    job = asked(sentences, {"height": 8, "width": 32})
+    assert job.size == (8, 32) and job.grid == (2, 2)
+    sizes = asked_module.sizes_of(PRESETS["XL"])
+    assert {name for name, control in sizes.items() if control["visible"]} == {"rows", "columns", "pixels"}
+    assert [sizes["rows"][end] for end in ("minimum", "value", "maximum")] == [1, 16, 32]
+    assert [sizes["pixels"][end] for end in ("minimum", "value", "maximum")] == [8, 16, 64]
+
+
+@pytest.mark.parametrize("name", ["models", "sentences"])
+def test_every_size_that_the_controls_offer_is_drawn(request, name):
+    """Catches: a slider's end that sample.py's own checks refuse."""
+    models = request.getfixturevalue(name)
+    (served,) = models.values()
+    sizes = {
+        name: control for name, control in asked_module.sizes_of(served.model.config).items() if control["visible"]
+    }
+    for end in ("minimum", "maximum"):
+        assert asked(models, {name: control[end] for name, control in sizes.items()}).size
 
 
 def test_the_time_of_a_job_grows_with_all_that_it_computes(models):
@@ -245,8 +278,10 @@ def test_a_film_has_every_step_of_every_solver_from_the_same_noise(models, tmp_p
     assert json.loads(film.info["comment"])["steps"] == 6
     assert parts["frame"] is parts["watched"][-1] and parts["film"] == str(tmp_path / "film.gif")
     first = np.asarray(parts["watched"][0])
-    assert (first[22:150, 60:] == first[152:280, 60:]).all()  # a row for each solver, here still noise
-    assert (np.asarray(parts["frame"])[22:150, 60:] != np.asarray(parts["frame"])[152:280, 60:]).any()
+    last, start = np.asarray(parts["frame"]), first.shape[1] - 522  # after the names of the rows
+    panels = [slice(start, start + 260), slice(start + 260, start + 520)]  # one for each solver, two pictures wide
+    assert (first[22:, panels[0]] == first[22:, panels[1]]).all()  # still the same noise
+    assert (last[22:, panels[0]] != last[22:, panels[1]]).any()
     assert len({frame.tobytes() for frame in frames if frame}) >= 7
 
 
@@ -344,6 +379,49 @@ def test_a_job_stops_at_its_next_report_once_nobody_listens():
     count = len(steps)
     assert list(listen(lambda send: send("next"))) == ["next"]  # the machine is free again
     assert len(steps) == count
+
+
+def test_jobs_in_step_take_each_step_in_turn():
+    order, running = [], threading.Lock()
+
+    def job(name):
+        def steps(send):
+            for step in range(3):
+                assert running.acquire(blocking=False)  # never two at once
+                order.append(f"{name}{step}")
+                running.release()
+                send((name, step))
+
+        return steps
+
+    assert list(in_step([job("a"), job("b")])) == [[("a", step), ("b", step)] for step in range(3)]
+    assert order == ["a0", "b0", "a1", "b1", "a2", "b2"]
+
+
+@pytest.mark.parametrize("how", ["closed", "failed"])
+def test_jobs_in_step_all_end_when_they_are_closed_or_one_fails(how):
+    ended = [threading.Event(), threading.Event(), threading.Event()]
+
+    def job(number):
+        def steps(send):
+            try:
+                for step in range(1000):
+                    if (how, number, step) == ("failed", 1, 5):
+                        raise UserError("wrong")
+                    send(step)
+            finally:
+                ended[number].set()
+
+        return steps
+
+    steps = in_step([job(number) for number in range(3)])
+    if how == "closed":
+        assert next(steps) == [0, 0, 0]
+        steps.close()
+    else:
+        with pytest.raises(UserError, match="wrong"):
+            list(steps)
+    assert all(event.wait(30) for event in ended)
 
 
 def test_jobs_run_one_after_the_other():

@@ -9,6 +9,7 @@ from helpers import ROOT, TINY
 from model import PRESETS
 from runtime.choices import far_from_training, find_classes, find_size, waves
 from runtime.files import UserError
+from text_model import PRESETS as TEXT_PRESETS
 
 IMAGENET = (ROOT / "assets" / "imagenet_classes.txt").read_text().splitlines()
 
@@ -110,6 +111,8 @@ def test_sizes_of_which_only_noise_can_come_are_refused_and_the_next_ones_are_no
         with pytest.raises(UserError, match="fewer than the . half-waves .*: use --upscale"):
             find_size(config, None, refused)
         assert find_size(config, None, least)[1] == (config.resolution // config.patch_size,) * 2
+    text = dataclasses.replace(TEXT_PRESETS["XXL"], resolution=512)  # whose cosines are mostly slow
+    assert find_size(text, "128x1024") == ((128, 1024), (32, 32))
     most = r"33x16 tokens, and .* with 16x16, .*noise .*32x32 tokens \(512 pixels\) are the most"
     with pytest.raises(UserError, match=most):
         find_size(xl, "528x256")
