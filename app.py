@@ -18,13 +18,14 @@ import torch
 
 from data import to_uint8
 from runtime.asked import Served, controls_of, read
+from runtime.controls import a_number
 from runtime.files import UserError, run
 from runtime.inside import DENSITIES, Inside, comparable, recorded_tokens, replayed_tokens
 from runtime.jobs import in_step
 from runtime.machine import keep_memory, pick_device
 from runtime.models import SHIPPED_FILES, find_model
 from runtime.options import POSITIVE, number
-from runtime.page import a_number, build, serve
+from runtime.page import build, check_address, serve
 from runtime.pictures import film_frame, picture_grid, save_film, save_picture, save_singles
 from sample import draw, settings_of
 from samplers import generate, image_noise
@@ -112,6 +113,21 @@ def look_job(send, asked, baseline, number):
     send(looked.patch(row, column, step) | {"looked": looked, "row": row, "column": column, "time": step})
 
 
+def jobs_of(models, limit, baseline=None):
+    """What the buttons start, as `page.build` takes it: functions of (send, folder, *values of the controls)."""
+
+    def asked(send, values, **what):
+        job = read(models, values, limit, **what)
+        send({"status": f"This takes about {job.seconds:.0f} s."})
+        return job
+
+    return {
+        "draw": lambda send, folder, *values: draw_job(send, folder, asked(send, values)),
+        "watch": lambda send, folder, *values: watch_job(send, folder, asked(send, values, film=True)),
+        "look": lambda send, _, *values: look_job(send, asked(send, values[:-1], inside=True), baseline, values[-1]),
+    }
+
+
 def main():
     """Reads the flags, loads the models, and serves the page until it is stopped."""
     parser = argparse.ArgumentParser(description="PixNerd as a web page.")
@@ -125,28 +141,26 @@ def main():
     add("--port", type=PORT, default=7860)
     add("--open", action="store_true", help="open the page in the browser")
     args = parser.parse_args()
+    check_address(args.host, args.port)  # before the models are loaded, which may take minutes
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that temporary files are removed
-    keep_memory()
     device = pick_device(args.device)
     shipped = [name for name, (path, _) in SHIPPED_FILES.items() if path.exists()]
-    names = dict.fromkeys(
-        [*reversed(list(filter(None, args.ckpt.split(",")))), *shipped]
-    )  # the user's last comes first
-    models = {name: Served(name, args.text_encoder, device) for name in names}
+    given = [name for name in reversed(args.ckpt.split(",")) if name]  # the user's last comes first
+    models = {}
+    for name in dict.fromkeys([*given, *shipped]):
+        print(f"Loading {name} ...", flush=True)
+        models[name] = Served(name, args.text_encoder, device)
+    if not models:
+        raise UserError("there is no model in assets/: name one with --ckpt")
     baseline = find_model(args.baseline).to(device) if args.baseline else None
     if baseline is not None and baseline.config.decoder != "linear":
         raise UserError(f"--baseline {args.baseline} has no linear decoder: train one by train.py --decoder linear")
 
-    def asked(send, values, **what):
-        job = read(models, values, args.limit, **what)
-        send({"status": f"This takes about {job.seconds:.0f} s."})
-        return job
+    keep_memory()  # only now: what was freed while the weights were sorted would be kept, as much as they take
+    for served in models.values():
+        served.measure()
 
-    jobs = {
-        "draw": lambda send, folder, *values: draw_job(send, folder, asked(send, values)),
-        "watch": lambda send, folder, *values: watch_job(send, folder, asked(send, values, film=True)),
-        "look": lambda send, _, *values: look_job(send, asked(send, values[:-1], inside=True), baseline, values[-1]),
-    }
+    jobs = jobs_of(models, args.limit, baseline)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"], tempfile.tempdir = f"{folder}/served", folder
         serve(build(list(models), jobs, lambda name: controls_of(models[name])), args.host, args.port, args.open)

@@ -4,6 +4,7 @@
     python -m experiments.benchmark --only L-forward XL-forward guided L-train image memory cost
     python -m experiments.benchmark --only text-Nano-train text-Nano-forward XXL-forward XXL-train   # of sentences
     python -m experiments.benchmark --only loader metrics                # of data and evaluation
+    python -m experiments.benchmark --only page       # from a click on the page to the first picture; needs gradio
 
 The yardstick is the best rate of a 4096^3 matrix product in the same run, since machines drift; FLOPs are those of
 runtime/flops.py, matrix products only. Each model is measured in a process of its own, so that its peak memory is seen.
@@ -17,13 +18,20 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
+import random
 import re
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 
 import torch
 from PIL import Image
@@ -229,10 +237,60 @@ def metrics(device, count=10_000, width=2048):
     print(f"precision and recall of {count} and {count}: {balls:.1f} s; FID from their moments: {fid:.1f} s")
 
 
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(device, clicks=5):
+    """Seconds from a click on "Draw" until the first picture has arrived: app.py as it opens, asked by HTTP.
+
+    UserError with app.py's own line where it does not start.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--port", str(port), "--device", str(device)]
+    with tempfile.TemporaryFile("w+") as complaint:
+        command = [sys.executable, str(pathlib.Path(__file__).parent.parent / "app.py"), *flags]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaint, text=True)
+        try:
+            start = time.perf_counter()
+            if not any("The page is at" in line for line in server.stdout):
+                server.wait()
+                complaint.seek(0)
+                raise UserError((complaint.read().strip().splitlines() or ["app.py ended without a word"])[-1])
+            print(f"page: served after {time.perf_counter() - start:.1f} s", flush=True)
+            seconds, what = zip(*[click(f"http://127.0.0.1:{port}") for _ in range(clicks)])
+        finally:
+            server.terminate()
+            server.wait()
+    spread = f"{min(seconds):.1f} to {max(seconds):.1f}, the first one {seconds[0]:.1f}"
+    print(f"page: {what[0]}: first picture {statistics.median(seconds):.1f} s after the click ({spread})")
+
+
+def click(address):
+    """Presses "Draw" on the page at an address as a browser does: (seconds until a picture is here, what was asked)."""
+    browser = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know this machine
+    config = json.load(browser.open(f"{address}/config"))
+    parts = {part["id"]: part["props"] for part in config["components"]}
+    button = next(i for i, part in parts.items() if part.get("elem_id") == "draw")
+    job = next(job for job in config["dependencies"] if [button, "click"] in job["targets"])
+    values = {parts[i]["elem_id"]: parts[i].get("value") for i in job["inputs"]}  # as they first stand
+    session = f"{random.getrandbits(64):x}"
+    asked = {"data": [*values.values()], "fn_index": job["id"], "session_hash": session, "trigger_id": button}
+    start, kind = time.perf_counter(), {"Content-Type": "application/json"}
+    browser.open(urllib.request.Request(f"{address}/gradio_api/queue/join", json.dumps(asked).encode(), kind)).read()
+    for line in browser.open(f"{address}/gradio_api/queue/data?session_hash={session}"):
+        if picture := re.search(rb'"path": ?"([^"]+/0000[^"]+[.]png)"', line):
+            browser.open(f"{address}/gradio_api/file={urllib.parse.quote(picture[1].decode())}").read()
+            what = f"{values['num']} pictures, {values['steps']} steps of {values['solver']}, {values['ckpt']}"
+            return time.perf_counter() - start, what
+    raise UserError(f"the page at {address} drew nothing: its terminal may say why")
+
+
 def main():
     """Measures the figures that were asked for."""
     parser = argparse.ArgumentParser(description="Speeds as shares of this machine's matrix-multiply rate.")
-    figures = [*MODELS, "loader", "metrics"]
+    figures = [*MODELS, "loader", "metrics", "page"]
     parser.add_argument("--only", nargs="+", choices=figures, default=["Nano-train"], metavar="FIGURE")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both")
     parser.add_argument("--compile", choices=["auto", "off"], default="auto", help="auto: measured compiled, too")
@@ -250,6 +308,8 @@ def main():
             in_new_process(loader)
         if figure == "metrics":
             metrics(device)
+        if figure == "page":
+            page(device)
         rows = itertools.product(precisions, compilers, MODELS.get(figure, []))
         for precision, compiled, (name, config, batch, prepare, passes) in rows:
             what = f"{name}, batch {batch}, {precision} {'compiled' if compiled else 'eager'}"

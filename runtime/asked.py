@@ -8,12 +8,12 @@ from fractions import Fraction
 import torch
 
 from runtime.choices import find_size, smallest_patch
+from runtime.controls import LABELS, SLIDERS, TEXT_SIZES, Parser, a_number, a_text, one_of
 from runtime.files import UserError
 from runtime.flops import forward_flops
 from runtime.inside import DENSITIES
 from runtime.machine import freeze, pick_precision
 from runtime.models import find_model, weights_hash
-from runtime.page import LABELS, SLIDERS, TEXT_SIZES, Parser, a_number, a_text, one_of
 from runtime.prompts import open_encoder, title_of
 from runtime.sample_options import parse_args, suit
 from runtime.sampling_cost import check_memory, velocity_flops
@@ -21,7 +21,7 @@ from samplers import SOLVERS, generate, image_noise, time_grid
 
 
 class Served:
-    """A model that the page offers, ready to draw. speed: the FLOP/s that were measured with it.
+    """A model that the page offers, ready to draw. speed: the FLOP/s that were measured with it, 0 before `measure`.
 
     text_encoder: of --text-encoder. Raises FileNotFoundError and UserError.
     """
@@ -33,18 +33,20 @@ class Served:
         self.hash, self.precision = weights_hash(self.model), pick_precision("auto", device)
         freeze(self.model.to(device), self.precision)
         self.speed = 0.0
-        self.measure()
 
-    def measure(self, runs=5):
-        """Draws so often in one step; the fastest counts, since the first one warms up and others share the machine."""
+    def measure(self, runs=5, seconds=3.0):
+        """Draws so often in one step, or for so long; the fastest counts, since the first run warms up."""
         side, y = self.model.config.resolution, torch.zeros(2, dtype=torch.long, device=self.device)  # (2)
         if self.text:
             y = self.encoder.encode(["", ""])  # (2, M, E)
         noise = image_noise(0, range(2), (side, side)).to(self.device)  # (2, 3, H, W)
+        end = time.perf_counter() + seconds
         for _ in range(runs):
             start = time.perf_counter()
             generate(self.model, y, noise, time_grid(1), scale=1.0, precision=self.precision).cpu()
             self.speed = max(self.speed, 2 * forward_flops(self.model.config) / (time.perf_counter() - start))
+            if time.perf_counter() > end:
+                break
 
 
 @dataclasses.dataclass
@@ -73,6 +75,8 @@ def read(models, values, limit, film=False, inside=False):
     served = models[one_of("ckpt", given["ckpt"], list(models))]
     config, P = served.model.config, served.model.config.patch_size
     given |= {name: a_number(name, given[name], *SLIDERS[name][1:]) for name in SLIDERS}
+    a_number("seed", given["seed"], -(2**63), 2**63 - 1)
+    one_of("solver", given["solver"], list(SOLVERS))
     for name, control in sizes_of(config).items():
         if control["visible"]:
             given[name] = a_number(name, given[name], control["minimum"], control["maximum"], control["step"])
@@ -107,7 +111,7 @@ def read(models, values, limit, film=False, inside=False):
     velocities = count * flags["steps"] * sum(2 if solver == "heun" else 1 for solver in solvers)
     flops = velocity_flops(config, size, grid, densities) * velocities * (1 if flags["cfg"] == 1 else 2)
     if flops > limit * served.speed:
-        served.measure()  # the machine may have been busy before
+        served.measure()  # for the first time, or the machine was busy before
     if flops > limit * served.speed:
         line = f"about {flops / served.speed:,.0f} s, and a job may take {limit:,.0f} s"
         raise UserError(

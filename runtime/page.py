@@ -4,11 +4,11 @@ The jobs are app.py's. Each is a generator that yields {name of a part of the pa
 value that is a dict holds several properties of the part. Those functions know nothing of gradio.
 """
 
-import argparse
 import contextlib
+import functools
 import os
 import pathlib
-import re
+import socket
 import tempfile
 import time
 import traceback
@@ -19,38 +19,11 @@ try:
 except ImportError:
     gr = None
 
+from runtime.controls import CLASS_SIZES, LABELS, SLIDERS, TEXT_SIZES, WORDS, a_number, in_words_of_the_page, one_of
 from runtime.files import UserError
 from runtime.jobs import listen
 from samplers import SOLVERS
 
-# Controls by the flags of sample.py: label, smallest and largest value, step. Ranges mostly of the authors' demo.
-SLIDERS = {
-    "num": ("Number of pictures", 1, 16, 1),
-    "steps": ("Steps", 1, 100, 1),
-    "order": ("Order of the adams solver", 1, 4, 1),
-    "cfg": ("Guidance scale (1: none)", 0.1, 10, 0.1),
-    "low": ("Guided from time", 0, 1, 0.05),
-    "high": ("Guided until time", 0, 1, 0.05),
-    "shift": ("Time shift (above 1: smaller steps near noise)", 0.1, 5, 0.1),
-    "temperature": ("Temperature of the noise", 0.1, 2, 0.05),
-}
-# Controls of the size, for models of classes and of sentences; their ranges depend on the model.
-CLASS_SIZES = {"rows": "Height in tokens", "columns": "Width in tokens", "pixels": "Pixels along a patch"}
-TEXT_SIZES = {"height": "Height in pixels", "width": "Width in pixels"}
-LABELS = {
-    "ckpt": "Model",
-    "class": "Class",
-    "prompt": "Prompt",
-    "negative": "Negative prompt",
-    "seed": "Seed",
-    "solver": "Solver",
-    "others": "Compare with",
-}
-LABELS |= {name: row[0].split(" (")[0] for name, row in SLIDERS.items()} | CLASS_SIZES | TEXT_SIZES
-# What the messages of sample.py call otherwise.
-WORDS = {"batch-size": LABELS["num"], "resolution": "Size of the pictures", "upscale": LABELS["pixels"]}
-WORDS |= {"interval": LABELS["low"], "picture": "Number of the picture", "moment": "Step"}
-WORDS |= {"row": "Patch, row", "column": "Patch, column", "time": "Step at which to look"}
 CSS = """
 img { image-rendering: pixelated; }
 label[data-testid="block-label"] { position: static !important; border: 0 !important; }
@@ -74,48 +47,6 @@ chosen time: mixtures of the basis and the noisy colours, by the weights that th
 WEIGHTS = """**What the token wrote.** The two matrices of each block of the field. Middle gray is 0."""
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises a mistake, where argparse would print it and leave."""
-
-    def error(self, message):
-        raise UserError(message.removeprefix("argument "))
-
-
-def a_number(name, value, low, high, step=1):
-    """The value of a control, for a whole step as int, one of its multiples; else as float.
-
-    UserError if it is none, or not in [low, high].
-    """
-    kind = type(step)
-    if type(value) not in (int, float) or not low <= value <= high or (kind is int and value % step):
-        word = ("whole number" if step == 1 else f"multiple of {step}") if kind is int else "number"
-        raise UserError(f"--{name} takes a {word} from {low} to {high}, not {str(value)[:40]!r}")
-    return kind(value)
-
-
-def one_of(name, value, choices):
-    """The value of a control, if it is one of the choices; else UserError."""
-    if type(value) not in (int, str) or value not in choices:
-        raise UserError(f"--{name} takes a choice of its list, not {str(value)[:40]!r}")
-    return value
-
-
-def a_text(name, value, empty=False):
-    """The text of a control, without blanks around it. UserError if it is long, or empty where it must not be."""
-    text = value.strip() if type(value) is str else ""
-    if not (text or empty) or len(text) > 2000:
-        raise UserError(f"--{name} is {'longer than 2,000 letters' if text else 'empty: say what to draw'}")
-    return text
-
-
-def in_words_of_the_page(message):
-    """A message of sample.py, the labels of the controls in the place of flags."""
-    return re.sub(r"--([a-z-]+)", lambda flag: f"“{(LABELS | WORDS).get(flag[1], flag[1])}”", str(message))
-
-
 # ---- layout ----------------------------------------------------------------------------------------------------------
 
 
@@ -125,8 +56,6 @@ def build(models, jobs, controls_of):
     jobs: functions of (send, folder, *values) by name; values are those of the controls in the order of LABELS, and for
     "look" a picture's number too. They send a list of frames as "watched", and an `Inside` as "looked".
     """
-    if gr is None:
-        raise UserError("the page needs the package gradio: pip install -r requirements-page.txt")
     parts = {}
 
     def add(name, kind, *values, **properties):
@@ -149,7 +78,7 @@ def build(models, jobs, controls_of):
                     _add_watch(add)
                 with gr.Tab("Look inside"):
                     _add_look(add)
-        _connect(parts, jobs, controls_of)
+        _connect(parts, jobs, models, controls_of)
     return blocks.queue(max_size=8, api_open=False)
 
 
@@ -215,7 +144,31 @@ def _add_look(add):
     add("looked", gr.State, time_to_live=3600)
 
 
-def _connect(parts, jobs, controls_of):
+def _answer(function):
+    """A function that is soon done, its complaint shown by the browser."""
+
+    @functools.wraps(function)  # gradio reads the types of its arguments
+    def handler(*values):
+        try:
+            return function(*values)
+        except UserError as error:
+            raise gr.Error(in_words_of_the_page(error), print_exception=False)
+
+    return handler
+
+
+def _look_first(looked):
+    if looked is None:
+        raise UserError("look inside a picture first")
+
+
+def _patch(send, _, looked, row, column, step):
+    _look_first(looked)
+    places = zip(("row", "column", "time"), (row, column, step), (*looked.grid, len(looked.states)))
+    send(looked.patch(*(a_number(name, value, 0, count - 1) for name, value, count in places)))
+
+
+def _connect(parts, jobs, models, controls_of):
     """Which part starts which job, what the job reads, and what it may change."""
 
     def updates(named):
@@ -240,12 +193,6 @@ def _connect(parts, jobs, controls_of):
 
         return handler
 
-    def patch(send, _, looked, row, column, step):
-        if looked is None:
-            raise UserError("look inside a picture first")
-        places = zip(("row", "column", "time"), (row, column, step), (*looked.grid, len(looked.states)))
-        send(looked.patch(*(a_number(name, value, 0, count - 1) for name, value, count in places)))
-
     def of(*names):
         return [parts[name] for name in names]
 
@@ -258,27 +205,45 @@ def _connect(parts, jobs, controls_of):
         parts["draw"].click(stream(jobs["draw"]), controls, drawn, **one),
         parts["watch"].click(stream(jobs["watch"]), controls, watched, **one),
         parts["look"].click(stream(jobs["look"]), controls + of("picture"), [*looks, *place], **one),
-        parts["patch"].click(stream(patch), place, looks, **one),
+        parts["patch"].click(stream(_patch), place, looks, **one),
     ]
 
     def clicked(looked, event: gr.SelectData):
+        _look_first(looked)
+        if type(event.index) is not list or [*map(type, event.index)] != [int, int]:
+            raise UserError("click the picture")
         return looked.place(*event.index)
 
-    chosen = parts["map"].select(clicked, parts["looked"], of("row", "column"), **quiet)
-    started.append(chosen.then(stream(patch), place, looks, **one))
+    chosen = parts["map"].select(_answer(clicked), parts["looked"], of("row", "column"), **quiet)
+    started.append(chosen.then(stream(_patch), place, looks, **one))
 
     def show(frames, step):
         return frames[a_number("moment", step, 0, len(frames) - 1)] if frames else None
 
     moment = of("watched", "moment")
-    parts["moment"].change(show, moment, parts["frame"], trigger_mode="always_last", **quiet)
+    parts["moment"].change(_answer(show), moment, parts["frame"], trigger_mode="always_last", **quiet)
     parts["stop"].click(lambda: "Stopped.", None, parts["status"], cancels=started, **quiet)
     changed = of(*controls_of(parts["ckpt"].value))
-    parts["ckpt"].change(lambda name: updates(controls_of(name)), parts["ckpt"], changed, **quiet)
+
+    def choose(name):
+        return updates(controls_of(one_of("ckpt", name, models)))
+
+    parts["ckpt"].change(_answer(choose), parts["ckpt"], changed, **quiet)
+
+
+def check_address(host, port):
+    """UserError where gradio is missing, or nothing can be served at the address: a taken port, a host elsewhere."""
+    if gr is None:
+        raise UserError("the page needs the package gradio: pip install -r requirements-page.txt")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except (OSError, ValueError) as error:  # a ValueError is a name that is none
+        raise UserError(f"--host {host[:80]} --port {port}: nothing can be served there ({error})")
 
 
 def serve(blocks, host, port, show):
-    """Serves the page until it is interrupted. show: open a browser. OSError where the port is taken."""
+    """Serves the page until it is interrupted. show: open a browser. Address: as checked by `check_address`."""
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # of the machine itself
     off = dict(share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False)
     limits = dict(max_file_size=1, state_session_capacity=16)  # nothing is uploaded

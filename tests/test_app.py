@@ -17,6 +17,7 @@ from runtime import asked as asked_module
 from runtime import page, sampling_cost
 from runtime.asked import Served, controls_of, read
 from runtime.checkpoint import FORMAT, load_model, save_checkpoint
+from runtime.controls import LABELS, in_words_of_the_page
 from runtime.files import UserError
 from runtime.inside import comparable, field_of_patch
 from runtime.jobs import Stopped, in_step, listen
@@ -61,7 +62,7 @@ def asked(models, changes=None, limit=1e9, **what):
         "num": 4,
         "steps": 6,
     } | (changes or {})
-    return read(models, [values[name] for name in page.LABELS], limit, **what)
+    return read(models, [values[name] for name in LABELS], limit, **what)
 
 
 def sent(job, *arguments):
@@ -138,7 +139,7 @@ def test_so_it_does_for_prompts_and_a_negative_prompt_lasts_for_one_job(sentence
 def test_a_prompt_that_cannot_be_drawn_gets_a_sentence(sentences, changes, label):
     with pytest.raises(UserError) as error:
         asked(sentences, changes)
-    assert f"“{label}”" in page.in_words_of_the_page(error.value)
+    assert f"“{label}”" in in_words_of_the_page(error.value)
 
 
 def test_a_text_model_shows_prompts_and_the_defaults_of_sample_py(sentences, models):
@@ -194,7 +195,7 @@ def test_the_patches_of_a_text_model_can_be_looked_into(sentences):
 def test_nonsense_in_a_control_gets_a_sentence_that_names_the_control(models, changes, label):
     with pytest.raises(UserError) as error:
         asked(models, changes, film=True)
-    sentence = page.in_words_of_the_page(error.value)
+    sentence = in_words_of_the_page(error.value)
     assert f"“{label}”" in sentence and "--" not in sentence and "\n" not in sentence and len(sentence) < 250
 
 
@@ -463,7 +464,7 @@ def test_a_mistake_in_a_job_reaches_the_page_and_a_report_that_is_late_is_droppe
 def test_without_gradio_the_page_says_what_to_install(monkeypatch, models):
     monkeypatch.setattr(page, "gr", None)
     with pytest.raises(UserError, match="requirements-page.txt"):
-        page.build(["x"], {}, None)
+        page.check_address("127.0.0.1", 7860)
 
 
 @pytest.mark.parametrize(
@@ -471,6 +472,8 @@ def test_without_gradio_the_page_says_what_to_install(monkeypatch, models):
     [
         (["--ckpt", "missing.pt"], "missing.pt"),
         (["--port", "99999"], "--port"),
+        (["--host", "203.0.113.1"], "--host 203.0.113.1"),
+        (["--host", "not a host"], "--host not a host"),
         (["--limit", "nan"], "--limit"),
         (["--device", "quantum"], "--device"),
         (["--baseline", "emoji"], "--baseline"),

@@ -10,16 +10,22 @@ import random
 import resource
 import signal
 import tarfile
+import tempfile
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_class_folder, noise_picture, run_script, run_state
+from helpers import make_class_folder, noise_picture, run_script, run_state, text_state
 from PIL import Image
 
+import app
 from data import open_dataset
+from runtime import page
+from runtime.asked import Served, controls_of
 from runtime.checkpoint import load_model, save_checkpoint
+from runtime.controls import LABELS, in_words_of_the_page
 from runtime.files import UserError, read_image
+from runtime.models import SHIPPED_FILES
 from runtime.picture_sets import open_pictures
 
 SCALE, SEED = int(os.environ.get("FUZZ", "1")), int(os.environ.get("SEED", "1"))
@@ -201,27 +207,34 @@ FLAGS = {
             "--inception",
         )
     ],
+    "app.py": ["--ckpt", "--text-encoder", "--baseline", "--limit", "--device", "--host", "--port", "--unknown"],
     "data.py": ["--help", "--unknown", "x"],  # what is right would ask the network
 }
 
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monkeypatch, script):
-    """In an empty folder, which a refused command leaves empty. train.py only plans, the others really run."""
+    """In an empty folder, which a refused command leaves empty. train.py only plans, app.py only lays out its page."""
     draw, path, accepted = random.Random(SEED), tmp_path / "tiny.pt", 0
     save_checkpoint(path, run_state(1))
     sets = [tmp_path / name for name in ("one.npz", "two.npz", "nowhere", "tiny.pt")]
     for name in sets[:2]:
         np.savez(name, arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
+    monkeypatch.setattr(page, "serve", lambda blocks, *where: None)
+    for name in SHIPPED_FILES if script == "app.py" else ():
+        monkeypatch.setitem(SHIPPED_FILES, name, (path, 0.8))
     fixed = {
         "train.py": ["--dry-run"],
         "sample.py": ["--ckpt", path, "--num", "1", "--steps", "1", "--compile", "off", "--device", "cpu"],
         "eval_fid.py": [],
+        "app.py": ["--port", "39485"],  # until a later one takes its place
         "data.py": [],
     }[script]
     for i in range(20 * SCALE):
         (here := tmp_path / f"here{i}").mkdir()
         monkeypatch.chdir(here)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
         line = list(map(str, fixed))
         if script == "eval_fid.py":
             line += [str(draw.choice(sets)), str(draw.choice(sets))]
@@ -239,3 +252,104 @@ def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monk
         assert status == 2 or len(told) == 1, (line, stderr)
         assert not [file for file in here.rglob("*") if file.is_file()], line
     print(f"{script}: {accepted} of {20 * SCALE} command lines accepted, the others refused")
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+NONSENSE = [None, True, False, -1, 0, 1, 2, 3, 0.5, 1e308, -1e308, 10**400, 2**63, float("nan"), float("inf"), "", " "]
+NONSENSE += [
+    "x",
+    "x" * 5000,
+    "--out=x",
+    "../../etc/passwd",
+    "\0",
+    "\ud800",
+    "é",
+    "1",
+    "emoji",
+    b"x",
+    [],
+    [[]],
+    ["x"],
+    {},
+]
+NONSENSE += [["adams", "euler"], ["adams"] * 9, {"__type__": "update"}, "euler", "heun", (1, 2), object()]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A tiny model of classes and one of sentences, as the page offers them."""
+    folder, models = tmp_path_factory.mktemp("ckpt"), {}
+    for name, state in (("classes", run_state(1)), ("text", text_state())):
+        save_checkpoint(folder / f"{name}.pt", state)
+        models[name] = Served(str(folder / f"{name}.pt"), None, torch.device("cpu"))
+    return models
+
+
+def plain_form(served, name="classes"):
+    """The controls as they first stand, with one picture of two steps."""
+    values = {part: control.get("value") for part, control in controls_of(served[name]).items()}
+    values |= {"ckpt": name, "prompt": "a pear", "negative": "", "seed": 0, "others": [], "num": 1, "steps": 2}
+    return [values[part] for part in LABELS]
+
+
+def random_form(draw, served):
+    """Values of all controls, one to four of them nonsense: as much is asked as is soon drawn."""
+    values = dict(zip(LABELS, plain_form(served, draw.choice(list(served)))))
+    for part in draw.sample(list(LABELS), draw.choice((1, 1, 1, 2, 4))):
+        values[part] = draw.choice(NONSENSE)
+    return [values[part] for part in LABELS]
+
+
+def a_sentence(line):
+    return 10 < len(line) < 400 and "\n" not in line and "--" not in line.replace("--out=x", "")
+
+
+def test_random_values_of_the_form_are_refused_in_a_sentence_or_drawn(served, tmp_path):
+    draw, jobs, drawn = random.Random(SEED), app.jobs_of(served, 60.0), 0
+    for i in range(200 * SCALE):
+        name, values, sent = draw.choice(list(jobs)), random_form(draw, served), {}
+        if name == "look":
+            values.append(draw.choice((0, draw.choice(NONSENSE))))
+        (folder := tmp_path / str(i)).mkdir()
+        try:
+            with bounded():
+                jobs[name](lambda named, needed=True, sent=sent: sent.update(named), folder, *values)
+        except UserError as error:
+            assert a_sentence(in_words_of_the_page(error)), (name, values, error)
+            assert not list(folder.iterdir()), (name, values)
+            continue
+        assert {"draw": "gallery", "watch": "film", "look": "looked"}[name] in sent
+        drawn += 1
+    print(f"{drawn} of {200 * SCALE} random forms were drawn, the others refused")
+    assert 0 < drawn < 200 * SCALE
+
+
+def test_random_values_in_whatever_the_browser_calls_are_answered_and_never_fail(served, capsys):
+    """All handlers of the page, also those that a browser would call with what the page itself has put there."""
+    gr = pytest.importorskip("gradio")
+    blocks = page.build(list(served), app.jobs_of(served, 60.0), lambda name: controls_of(served[name]))
+    draw, handlers = random.Random(SEED), [function for function in blocks.fns.values() if function.fn is not None]
+    inside, answers = {}, []
+    app.jobs_of(served, 60.0)["look"](lambda named, needed=True: inside.update(named), None, *plain_form(served), 0)
+    for _ in range(200 * SCALE):
+        function = draw.choice(handlers)
+        values = [draw.choice((inside["looked"], None, 0, 1, draw.choice(NONSENSE))) for _ in function.inputs]
+        if len(values) >= len(LABELS):
+            values = random_form(draw, served) + values[len(LABELS) :]
+        elif values and function.inputs[0].elem_id in ("looked", "watched"):  # kept on the server: no browser writes it
+            values[0] = {"looked": inside["looked"], "watched": ["a", "b"]}[function.inputs[0].elem_id]
+            values[0] = draw.choice((None, values[0]))
+        if function.fn.__name__ == "clicked":
+            click = gr.SelectData(None, {"index": draw.choice(([1, 2], draw.choice(NONSENSE))), "value": None})
+            values.append(click)
+        try:
+            with bounded():
+                result = function.fn(*values)
+                result = list(result) if hasattr(result, "__next__") else [result]
+        except gr.Error as error:
+            assert a_sentence(error.message), (function.fn.__name__, values, error)
+            continue
+        answers += [str(part) for named in result if type(named) is dict for part in named.values()]
+    assert not [line for line in answers if line.startswith("Failed")], capsys.readouterr().err
+    assert [line for line in answers if line.startswith("Not done")] and [line for line in answers if "Done" in line]

@@ -218,6 +218,9 @@ def test_a_prompt_is_drawn_with_the_pixels_of_sample_py_and_an_empty_one_is_refu
     assert "“Prompt” is empty" in status(page, "Not done")
     page.fill("#prompt textarea", "blue apple")
     page.fill("#negative textarea", "green")
+    unfold(page, "Size of the pictures")
+    assert not page.locator("#rows").is_visible()
+    fill(page, "height", "24")
     assert (draw(page) == by_command(page, tmp_path / "x")).all()
 
 
@@ -272,10 +275,14 @@ def test_nonsense_is_answered_by_a_sentence(visit):
     fill(page, "seed", "1")
     choose(page, "ckpt", "emoji")
     unfold(page, "Size of the pictures")
-    for name in ("rows", "columns", "pixels"):
-        fill(page, name, "64")
+    for name, most in (("rows", "8"), ("columns", "8"), ("pixels", "32")):
+        fill(page, name, "1000000000")
+        assert page.locator(f"#{name} input[type=number]").input_value() == most
+    unfold(page, "Solver and guidance")
+    fill(page, "low", "0.8")
+    fill(page, "high", "0.2")
     press(page, "draw")
-    assert "nothing but noise would come out" in status(page, "Not done")
+    assert "“Guided from time”" in status(page, "Not done: .*LOW must be below HIGH")
     tab(page, "Look inside")
     press(page, "patch")
     assert "look inside a picture first" in status(page, "Not done: look")
