@@ -236,7 +236,7 @@ CLAIMS = {
 NOT_HERE = (
     "FID, and the paper's sizes and lengths: what is drawn here are emoji of at most 64 pixels.",
     "XL/16's pictures, which need the released weights; only its time for one evaluation is measured.",
-    "Position embeddings that are fine-tuned at another size.",
+    "A model that is trained on at another size, as the paper's at 512 pixels.",
 )
 
 

@@ -15,6 +15,7 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evidence.md"
 EVIDENCE = PAGE.parent / "evidence"
 FEWEST = 3  # pairs, below which nothing is concluded
 MEASURES = {"loss": "held-out loss", "error": "error of the pictures", "distance": "emoji distance"}
+COUNTS = (5, 10, 20, 50, 100)  # evaluations that a picture's cost is told of
 DIGITS = {"loss": 4, "error": 2, "distance": 2, "emoji_distance": 2, "border_ratio": 3}
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -99,14 +100,14 @@ def heading(key, claim):
     return f"{key}: {claim.title}"
 
 
-def border_ratio(records):
-    """The mean border ratio of some records, and that of real pictures of that size."""
+def border_ratio(records, usual):
+    """The mean border ratio of some records, with that of real pictures of their size, if it is not the usual one."""
     text = with_error(*mean_and_error(record["border_ratio"] for record in records), DIGITS["border_ratio"])
-    real = records[0].get("real_border_ratio")
-    return text + (f" (real: {real:.3f})" if real else "")
+    real = records[0].get("real_border_ratio", usual)
+    return text + (f" (real: {real:.3f})" if abs(real - usual) > 1e-3 else "")
 
 
-def training_table(names, records):
+def training_table(names, records, real_border):
     """One line for each row that trains and has run: what it costs and what it reached."""
     head = ["row", "seeds", "parameters", "GFLOP a step", "CPU s", "held-out loss", "emoji distance", "border ratio"]
     rows = []
@@ -116,17 +117,17 @@ def training_table(names, records):
             row.append(f"{statistics.fmean(record['cpu_seconds'] for record in found):.0f}")
             for measure in ("loss", "emoji_distance"):
                 row.append(with_error(*mean_and_error(record[measure] for record in found), DIGITS[measure]))
-            rows.append([*row, border_ratio(found)])
+            rows.append([*row, border_ratio(found, real_border)])
     return table(head, rows)
 
 
-def drawing_table(names, records, base=None):
+def drawing_table(names, records, real_border, base=None):
     """One line for each row that draws and has run; with a base, also errors, and distances against that row's."""
     head = ["row", "evaluations", "CPU s a picture", "emoji distance", "border ratio"]
     rows = []
     for record in filter(None, (by_seed(records, name).get(0) for name in names)):
         row = [record["row"], str(record["evaluations"]), f"{record['cpu_seconds_per_picture']:.3f}"]
-        row += [f"{record['emoji_distance']:.2f}", border_ratio([record])]
+        row += [f"{record['emoji_distance']:.2f}", border_ratio([record], real_border)]
         if base:
             row.append(with_error(*mean_and_error(record["errors"]), 2) if "errors" in record else "")
             row.append(with_error(*record["against"][base], 2, "+") if base in record["against"] else "")
@@ -151,12 +152,11 @@ def verdict_table(claim, records):
 
 
 def bins_table(names, records):
-    """Held-out loss by tenths of t, mean over the seeds, folded away."""
+    """Held-out loss by tenths of t of rows that have run, mean over the seeds; folded away."""
     rows = []
     for name in names:
-        if found := by_seed(records, name):
-            columns = zip(*(record["loss_by_time"] for record in found.values()))
-            rows.append([name, *(f"{statistics.fmean(column):.3f}" for column in columns)])
+        columns = zip(*(record["loss_by_time"] for record in by_seed(records, name).values()))
+        rows.append([name, *(f"{statistics.fmean(column):.3f}" for column in columns)])
     lines = table(["row", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10))], rows)
     return ["<details><summary>Held-out loss by tenths of t</summary>", "", *lines, "</details>", ""]
 
@@ -183,12 +183,12 @@ def recommendation(names, records, base):
 
 def cost_lines(names, records):
     """The seconds of an evaluation, times the number of evaluations."""
-    lines, counts = [], (5, 10, 20, 50, 100)
+    lines = []
     for record in filter(None, (by_seed(records, name).get(0) for name in names)):
         seconds = record["cpu_seconds_per_evaluation"]
         lines += [f"{record['row']}: {seconds:.1f} CPU s for one guided evaluation of one picture, in fp32.", ""]
         lines += table(
-            ["evaluations", *map(str, counts)], [["CPU s a picture", *(f"{n * seconds:.0f}" for n in counts)]]
+            ["evaluations", *map(str, COUNTS)], [["CPU s a picture", *(f"{n * seconds:.0f}" for n in COUNTS)]]
         )
     return [*lines, "Up to t = 0.1 evaluations are not guided and cost half, which is not counted here.", ""]
 
@@ -224,7 +224,7 @@ def summary(claims, records):
     return table(["claim", "said", "compared", "row - base, ± standard error: verdict"], rows)
 
 
-def claim_lines(key, claim, records, folder):
+def claim_lines(key, claim, records, folder, real_border):
     """The section of one claim."""
     lines = [f"## {heading(key, claim)}", "", f"Said: {claim.says}.", ""]
     if claim.kind == "cost":
@@ -232,11 +232,11 @@ def claim_lines(key, claim, records, folder):
     lines += verdict_table(claim, records)
     if claim.kind == "draw":
         base = next((name for name in claim.others if name.endswith("euler 50")), None)
-        lines += drawing_table(claim.rows(), records, base)
+        lines += drawing_table(claim.others or claim.rows(), records, real_border, base)
         lines += recommendation(claim.rows(), records, base) if base else []
     if (folder / f"{key}.png").exists():
         lines += [f"![Plot of {key}](evidence/{key}.png)", ""]
-    return lines + (bins_table(claim.rows(), records) if claim.kind == "train" else [])
+    return lines
 
 
 def how_measured(records, study, real_border):
@@ -310,9 +310,14 @@ python -m experiments.ablations --all
     lines += how_measured(records, study, real_border)
     rows = dict.fromkeys(name for claim in claims.values() for name in claim.rows())
     if trained := [name for name in rows if "loss" in next(iter(by_seed(records, name).values()), {})]:
-        lines += ["## The rows that train", "", *training_table(trained, records)]
+        lines += [
+            "## The rows that train",
+            "",
+            *training_table(trained, records, real_border),
+            *bins_table(trained, records),
+        ]
     for key, claim in claims.items():
-        lines += claim_lines(key, claim, records, folder) if has_run(claim, records) else []
+        lines += claim_lines(key, claim, records, folder, real_border) if has_run(claim, records) else []
     if strips := [name for name in rows if by_seed(records, name).get(0) and (folder / strip_file(name)).exists()]:
         lines += ["## Samples", "", "Of seed 0: each column starts from the same noise in all rows of one size.", ""]
         lines += table(["row", "samples"], [[name, f"![{name}](evidence/{strip_file(name)})"] for name in strips])
@@ -343,6 +348,16 @@ def save(figure, path):
     pyplot.close(figure)
 
 
+def logarithmic(axes):
+    """Makes the upward axis logarithmic, with plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
 def looks():
     """Lines that can be told apart without colour."""
     return itertools.cycle(
@@ -362,8 +377,9 @@ def plot_training(claim, records, path):
             steps = [step for step, _ in found[0]["curve"]]
             curve = [statistics.fmean(c) for c in zip(*([y for _, y in record["curve"]] for record in found))]
             right.plot(steps, curve, markersize=4, **look)
-    left.set(xlabel="t (0: noise, 1: picture)", ylabel="held-out loss", yscale="log")
-    right.set(xlabel="step", ylabel="training loss", yscale="log")
+    for axes, across, up in ((left, "t (0: noise, 1: picture)", "held-out loss"), (right, "step", "training loss")):
+        axes.set(xlabel=across, ylabel=up)
+        logarithmic(axes)
     left.legend(fontsize=8)
     save(figure, path)
 
@@ -379,7 +395,10 @@ def plot_solvers(claim, records, path):
         left.plot(counts, [statistics.fmean(record["errors"]) for record in own], label=solver, **look)
         right.plot(counts, [record["emoji_distance"] for record in own], **look)
     for axes, what in ((left, "error against 200 evaluations, 1/255"), (right, "emoji distance")):
-        axes.set(xlabel="evaluations", ylabel=what, xscale="log", yscale="log")
+        axes.set(xlabel="evaluations", ylabel=what, xscale="log")
+        axes.set_xticks(COUNTS, map(str, COUNTS))
+        axes.minorticks_off()
+    logarithmic(left)
     left.legend(fontsize=8)
     save(figure, path)
 
@@ -402,7 +421,9 @@ def plot_claims(claims, records, path):
     axes.axvline(0, color="gray", linewidth=1)
     axes.set_yticks(range(len(shown)), [label for label, *_ in shown], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("difference in held-out loss, % of the base's, ± two standard errors (left: the row is better)")
+    axes.set_xlabel(
+        "held-out loss of row - base in % of the base's, ± two standard errors\nleft of 0: the row is better"
+    )
     save(figure, path)
 
 
