@@ -31,6 +31,7 @@ import torch
 from runtime.files import UserError, load_tensors, whole_file
 
 QWEN3 = "Qwen/Qwen3-1.7B"
+HINT = "give it the encoder that it was trained with (--text-encoder)"  # in messages
 # Share of a word's vector that comes from its letters. Of the emoji's 1,790 words, the nearest two ("chain", "chains")
 # then have a cosine of 0.71, and most plurals find their word (tests/test_text_encoders.py measures it). With 0.5 few
 # do; with 0.9 the nearest words have 0.83 in common, and the denoiser has to tell them apart by the rest.
@@ -65,26 +66,31 @@ def open_text_encoder(config, cache=None, device="cpu"):
     return (Cached(encoder, cache) if cache else encoder), config
 
 
+def refuse_encoder(path, own, theirs):
+    """UserError: the model of the file `path` reads the features of encoder `own`, not those of `theirs`."""
+    raise UserError(f"{path} reads the text features of {own}, not those of {theirs}: {HINT}")
+
+
 def fit_encoder(model, encoder, path):
     """Makes sure that `model` (of the file `path`) reads this encoder; gives it the null features if it has none.
 
     It has none (all zeros) when it is new or released. Where it has some, the encoder's must be the same, but for the
     rounding of bf16 on another machine. Raises UserError.
     """
-    config, hint = model.config, "give it the encoder that it was trained with (--text-encoder)"
+    config = model.config
     if encoder.name != config.text_encoder:
-        raise UserError(f"{path} reads the text features of {config.text_encoder}, not those of {encoder.name}: {hint}")
+        refuse_encoder(path, config.text_encoder, encoder.name)
     for name, own, theirs in (
         ("width", config.text_width, encoder.width),
         ("length", config.text_length, encoder.length),
     ):
         if own != theirs:
-            raise UserError(f"{path} reads text features of {name} {own}, and {encoder.name} gives {theirs}: {hint}")
+            raise UserError(f"{path} reads text features of {name} {own}, and {encoder.name} gives {theirs}: {HINT}")
     null = encoder.null.to(model.null_features)  # (M, E)
     if not model.null_features.any():
         model.null_features.copy_(null)
     elif (null - model.null_features).norm() > 0.05 * model.null_features.norm():
-        raise UserError(f"{path} was trained with other weights of {encoder.name}: {hint}")
+        raise UserError(f"{path} was trained with other weights of {encoder.name}: {HINT}")
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pretrained.text_encoders import fit_encoder, load_text_encoder
+from pretrained.text_encoders import fit_encoder, load_text_encoder, refuse_encoder
 from runtime.files import UserError, check_writable, whole_file
 from runtime.pictures import save_picture
 
@@ -61,7 +61,10 @@ def read_prompts(path):
 
 
 def _one_line(file):
-    text = file.read_text(encoding="utf-8").strip()
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts: {file} is not a text in UTF-8: save it in that encoding")
     if not text:
         raise UserError(f"--prompts: {file} is empty")
     return " ".join(text.splitlines())
@@ -91,6 +94,8 @@ def open_encoder(model, spec, negative, ckpt, device):
     one, or None. ckpt: the name of the model in messages.
     """
     config = model.config
+    if spec in ("words", "qwen3") and spec != config.text_encoder:  # told before gigabytes of it are downloaded
+        refuse_encoder(f"--ckpt {ckpt}", config.text_encoder, spec)
     encoder = load_text_encoder(spec or config.text_encoder, config.text_width, config.text_length, device)
     fit_encoder(model, encoder, f"--ckpt {ckpt}")
     if negative is not None:

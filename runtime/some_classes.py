@@ -66,10 +66,13 @@ class HeldOut(Part):
             with open(path, encoding="utf-8") as file:
                 unwanted = set(file.read().splitlines()) - {""}
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--hold-out {path} cannot be read ({error}): give a text file with one caption a line")
+            reason = error.strerror if isinstance(error, OSError) else "it is not in UTF-8"
+            raise UserError(f"--hold-out {path} cannot be read ({reason}): give a text file with one caption a line")
         if unknown := unwanted - {label.strip() for label in dataset.labels}:
             raise UserError(f"--hold-out {path}: no picture has the caption {sorted(unknown)[0]!r}")
         self.kept = [i for i, label in enumerate(dataset.labels) if label.strip() not in unwanted]
+        if not self.kept:
+            raise UserError(f"--hold-out {path} leaves no picture to train on: list fewer captions")
         self.dataset, self.labels = dataset, [dataset.labels[i] for i in self.kept]
         self.classifier = dataset.classifier
         self.remark = f"--hold-out leaves {len(self)} of {len(dataset)} pictures"

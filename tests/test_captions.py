@@ -116,8 +116,11 @@ def test_held_out_captions_are_not_trained_on(tmp_path):
     (tmp_path / "list.txt").write_text("green aple\n")
     with pytest.raises(UserError, match="list.txt: no picture has the caption 'green aple'"):
         HeldOut(emoji, tmp_path / "list.txt")
-    with pytest.raises(UserError, match="nowhere.txt cannot be read"):
+    with pytest.raises(UserError, match="nowhere.txt cannot be read .No such file or directory.:"):
         HeldOut(emoji, tmp_path / "nowhere.txt")
+    (tmp_path / "all.txt").write_text("\n".join(emoji.labels), encoding="utf-8")
+    with pytest.raises(UserError, match="all.txt leaves no picture to train on"):
+        HeldOut(emoji, tmp_path / "all.txt")
 
 
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
@@ -136,6 +139,11 @@ def test_pictures_without_captions_are_counted_and_named(tmp_path):
     assert "6 pictures without a caption (bare0.png, bare1.png, bare2.png, ...)" in message
     index = index_captions(tmp_path, skip=True)
     assert len(index.labels) == 3 and index.remark.endswith("6 files")
+
+
+def test_a_blank_caption_is_told_from_a_missing_one(tmp_path):
+    write(tmp_path, PAIRS | {"blank.png": " \n"})
+    assert "1 picture without a caption (blank.png: its text is blank)" in refusal(tmp_path)
 
 
 def test_captions_without_a_picture_are_counted_and_named(tmp_path):
@@ -160,7 +168,7 @@ def test_a_caption_that_is_not_utf_8_is_named(tmp_path):
         ("[1]", "line 2, is not a JSON object"),
         ('{"file_name": "x.png"}', "line 2, lacks file_name or text"),
         ('{"file_name": "x.png", "text": 3}', "line 2, lacks file_name or text"),
-        ('{"file_name": "y.png", "text": "again"}', "y.png has a second caption"),
+        ('{"file_name": "y.png", "text": "again"}', "picture y has a second caption here"),
         ('{"file_name": "no.png", "text": "nothing"}', "1 caption without a picture (no)"),
     ],
 )

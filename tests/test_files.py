@@ -30,10 +30,10 @@ def test_unreadable_pictures_are_errors_with_the_path(tmp_path):
     noise_picture(64, 64).save(jpeg)
     cases = {
         "empty.png": (b"", "empty file"),
-        "text.jpg": (b"this is not a picture", "cannot identify"),
+        "text.jpg": (b"this is not a picture", "another kind of file"),
         "cut.png": (whole.read_bytes()[:900], ""),
         "cut.jpg": (jpeg.read_bytes()[:900], "truncated"),
-        "gif.png": (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "cannot identify"),
+        "gif.png": (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "another kind of file"),
     }
     for name, (content, reason) in cases.items():
         (tmp_path / name).write_bytes(content)

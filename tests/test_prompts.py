@@ -141,6 +141,7 @@ def test_the_released_text_model_is_downloaded_and_asks_for_its_encoder(server, 
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--list-classes"], "knows no classes: use --prompt"),
         (["--prompt", "x", "--text-encoder", "nowhere"], "--text-encoder nowhere: there is no such folder"),
+        (["--prompt", "x", "--text-encoder", "qwen3"], "reads the text features of words, not those of qwen3"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag(ckpt, flags, message):
@@ -187,6 +188,13 @@ def test_a_broken_file_of_prompts_is_told_with_its_line(tmp_path, name, content,
     with pytest.raises(UserError) as caught:
         read_prompts(tmp_path / name)
     assert message in str(caught.value)
+
+
+def test_a_broken_prompt_of_a_folder_is_named(tmp_path):
+    for content, message in ((b" \n", "7.txt is empty"), ("Äpfel".encode("latin-1"), "7.txt is not a text in UTF-8")):
+        (tmp_path / "7.txt").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts(tmp_path)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------

@@ -69,7 +69,11 @@ def index_captions(source, skip=False):
         if stem in stems:
             raise UserError(f"{stems[stem]} and {name} share one caption: rename one of the two")
         stems[stem] = name
-    bare = [name for stem, name in stems.items() if not captions.get(stem, "").strip()]
+    bare = [
+        f"{name}: its text is blank" if stem in captions else name
+        for stem, name in stems.items()
+        if not captions.get(stem, "").strip()
+    ]
     lonely = [stem for stem in captions if stem not in stems]
     if not skip:
         _refuse(source, bare, "picture", "caption")
@@ -97,7 +101,7 @@ def _add(captions, name, text, where):
     """Notes the caption of the picture `name`; bytes must be UTF-8."""
     stem = posixpath.splitext(name)[0]
     if stem in captions:
-        raise UserError(f"{where}: {name} has a second caption: remove one of the two")
+        raise UserError(f"{where}: picture {stem} has a second caption here: remove one of the two")
     try:
         captions[stem] = text if isinstance(text, str) else text.decode("utf-8-sig")  # a mark of Windows' editors
     except UnicodeDecodeError:

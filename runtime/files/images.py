@@ -6,7 +6,7 @@ import struct
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from runtime.files.errors import UserError
 
@@ -54,6 +54,8 @@ def read_image(path, content=None, exif="ignore"):
     except Image.DecompressionBombError:
         limit = Image.MAX_IMAGE_PIXELS / 1e6
         raise UserError(f"{path} claims to be larger than {limit:.0f} million pixels: remove it")
+    except UnidentifiedImageError:  # Pillow's own words show an address in memory
+        raise UserError(f"{path} is not a readable JPEG, PNG or WEBP image (another kind of file): remove it")
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable JPEG, PNG or WEBP image ({reason}): repair or remove it")
