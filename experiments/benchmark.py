@@ -297,6 +297,8 @@ def main():
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.only == ["page"]:
+        return page(device)
     precisions = [args.precision] if args.precision else ["fp32", "bf16"]
     compilers = [False, True] if will_compile(args.compile, device) else [False]
     rates = [matmul_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16)]
