@@ -26,13 +26,18 @@ from samplers import SOLVERS
 
 CSS = """
 img { image-rendering: pixelated; }
+#frame img, #film img { image-rendering: auto; }
 label[data-testid="block-label"] { position: static !important; border: 0 !important; }
 #gallery .grid-wrap { min-height: 0 !important; }
 #gallery .caption-label { font-size: 0.7rem; padding: 1px 4px; }
 .gradio-container { max-width: min(1280px, 100vw) !important; margin: auto; }
 .gradio-container main, .gradio-container .grid-container { min-width: 0 !important; }
 button { white-space: normal; }
-@media (max-width: 600px) { #gallery .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
+.icon-button-wrapper.top-panel { top: -24px !important; border: 0 !important; }
+@media (max-width: 600px) {
+  #gallery .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  #densities img { image-rendering: auto; }
+}
 footer { display: none !important; }
 """
 ABOUT = """# PixNerd
