@@ -7,7 +7,7 @@ from helpers import complaint, text_state
 from data import ASSETS, open_dataset
 from experiments import prompt_retrieval
 from experiments.prompt_retrieval import draw_each, held_out, measure, ranks
-from pretrained.text_encoders import load_text_encoder
+from pretrained.text_encoders import load_text_encoder, words
 from runtime.checkpoint import load_model, save_checkpoint
 from runtime.files import UserError
 
@@ -36,6 +36,13 @@ def test_the_list_of_held_out_names_is_one_in_25_of_the_emoji():
     listed = (ASSETS / "emoji_held_out.txt").read_text(encoding="utf-8").splitlines()
     assert listed == held_out(names) and set(listed) <= set(names)
     assert 0.03 < len(listed) / len(set(names)) < 0.05
+
+
+def test_the_invented_prompts_are_forty_and_none_is_a_name_of_the_emoji():
+    """A sheet of what the model composes would otherwise show what it learned."""
+    names = {tuple(words(name)) for name in open_dataset("emoji", 32, captions=True).labels}
+    prompts = (ASSETS / "invented_prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(prompts)) == 40 and not [prompt for prompt in prompts if tuple(words(prompt)) in names]
 
 
 def test_an_interrupted_run_goes_on_with_the_names_that_are_missing(tmp_path, monkeypatch):
