@@ -31,6 +31,7 @@ from data import open_dataset
 from experiments.benchmark import guided, timings
 from experiments.claims import CLAIMS, COSTS, DRAWN, NOT_HERE, ROWS, SIZES, SOLVERS, TRAINING, USUAL, bases_of
 from experiments.evidence import EVIDENCE, PAGE, strip_file, write_page
+from experiments.evidence_plots import write_plots
 from experiments.measures import border_ratio, emoji_distance, features, held_out_loss, paired_bootstrap, time_mass
 from experiments.world import Study, resized, training_and_held_out, write_split
 from model import PixNerd
@@ -341,7 +342,9 @@ def main():
     do(dict.fromkeys(names), args.seeds, study, runs)
     real = border_ratio(real_emoji())
     plots = importlib.util.find_spec("matplotlib") is not None
-    write_page(CLAIMS, runs.of(study), study, NOT_HERE, args.out, real, plots)
+    if plots:
+        write_plots(CLAIMS, runs.of(study), runs.path.parent)
+    write_page(CLAIMS, runs.of(study), study, NOT_HERE, args.out, real)
     left = "" if plots else "; the plots are as before, for want of matplotlib: pip install -r requirements-plots.txt"
     print(f"wrote {pathlib.Path(args.out) / PAGE.name}{left}")
 

@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT, TINY, complaint, randomised, run_script
 
 from data import from_uint8, open_dataset
-from experiments import ablations, claims, evidence, measures, world
+from experiments import ablations, claims, evidence, evidence_plots, measures, world
 from flow import sample_time
 from model import PixNerd
 from neural_field import dct_encoding
@@ -210,6 +210,14 @@ def test_an_interrupted_study_goes_on_where_it_stopped_and_repeats_nothing(tmp_p
     assert ablations.Runs(tmp_path).find("field", 0, STUDY) and not ablations.Runs(tmp_path).find("field", 0, longer)
 
 
+def test_rows_that_draw_have_one_seed_whatever_seeds_are_asked_for(tmp_path, monkeypatch):
+    """Their pictures are their error bars. Catches a solver that is drawn three times for one line of the page."""
+    done = []
+    monkeypatch.setattr(ablations, "measured", lambda name, seed, *_: done.append((name, seed)) or {"loss": 0.5})
+    ablations.do(["euler 10", "field", "XL/16"], [1, 2], STUDY, ablations.Runs(tmp_path))
+    assert done == [("euler 10", 0), ("XL/16", 0), ("field", 1), ("field", 2)]
+
+
 def test_lines_of_two_machines_are_joined_by_appending_them_in_any_order(tmp_path):
     """The page is the same, and what either has done is done."""
     here = [a_record(row, 0, 0.1) for row in ("field", "linear")] + [a_record("field", 1, 0.1)]
@@ -243,7 +251,11 @@ def test_a_row_of_64_pixels_learns_and_is_judged_at_its_own_size(monkeypatch):
     small = {"resolution": 64, "patch_size": 16, "hidden_size": 32, "num_heads": 2, "lr": 1e-3}
     monkeypatch.setitem(claims.ROWS, "field, patches of 16", small)
     data = world.some_emoji([1, 2, 3, 4], 64), world.some_emoji([5, 6], 64)
-    found = ablations.train_row("field, patches of 16", 0, STUDY, data)
+    plain, rates = ablations.update, []
+    monkeypatch.setattr(ablations, "update", lambda *what: rates.append(what[5]) or plain(*what))
+    study = dataclasses.replace(STUDY, warmup=0)
+    found = ablations.train_row("field, patches of 16", 0, study, data)
+    assert max(rates) == 1e-3 != study.lr
     real = measures.border_ratio(open_dataset("emoji", 64).images, 16)
     assert found["real_border_ratio"] == pytest.approx(real) and found["emoji_distance"] > 0
     own = dataclasses.replace(CONFIG, resolution=64, patch_size=16, hidden_size=32, num_heads=2)
@@ -429,7 +441,8 @@ def test_plots_are_drawn_from_the_stored_runs(tmp_path):
     for n in (10, 20):
         for solver in ("euler", "adams2"):
             records.append(a_drawing(f"{solver} {n}", n, 9.0, [9.0, 7.0, 5.0], {"euler 50": [0.5, 1.0]}))
-    evidence.write_page(claims.CLAIMS, records, STUDY, [], tmp_path, 1.0, plots=True)
+    evidence_plots.write_plots(claims.CLAIMS, records, tmp_path / "evidence")
+    evidence.write_page(claims.CLAIMS, records, STUDY, [], tmp_path, 1.0)
     for name in ("claims", "decoder", "solvers"):
         assert (tmp_path / "evidence" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"evidence/{name}.png" in (tmp_path / "evidence.md").read_text()
