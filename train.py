@@ -27,6 +27,7 @@ from flow import alignment_loss, flow_matching_loss, interpolate
 from pretrained.dinov2 import DINOv2, load_dinov2
 from pretrained.emoji_classifier import EmojiTeacher
 from pretrained.text_encoders import fit_encoder, open_text_encoder
+from runtime.auto import with_size_chosen
 from runtime.checkpoint import build_model, start_from
 from runtime.crops import keep_in_memory
 from runtime.distributed import Processes, only_adding_up
@@ -184,9 +185,9 @@ def open_judge(dataset, encode, reference, exif, weights, num, config, seed, dev
 
 def main():
     """Reads the flags, prepares what the loop needs, and runs the loop."""
-    args = parse_args()
     keep_memory()
     processes = Processes()
+    args = parse_args(with_size_chosen(processes))
     device = pick_device(args.device, processes.local_rank)
     precision = "bf16" if args.gpu and args.precision == "auto" else pick_precision(args.precision, device)
     world = args.world_size or processes.world

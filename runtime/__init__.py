@@ -1,8 +1,8 @@
 """What stands around the training loop and the scripts: none of it is needed to understand PixNerd.
 
 for all     files (whole files, pictures, weights, UserError), machine (device, precision, compiling), checkpoint, flops
-training    options (the flags), loader, distributed, stopping, gauges, frequencies (a weighted loss),
-            optimizers, recompute, plan (what a run costs)
+training    options (the flags), auto (--size auto), loader, distributed, stopping, gauges,
+            frequencies (a weighted loss), optimizers, recompute, plan (what a run costs)
 its folder  run_folder (what is resumed, what is pruned), log, previews
 data        some_classes (--classes), crops (pictures kept in memory), imagenette (a download)
 sampling    choices (names -> numbers), pictures (grids, films), sampling_cost, shards (50,000 samples, resumable)

@@ -99,6 +99,7 @@ OPTIONS = [
     Option("batch-size", COUNT, 256, "images per step over all processes", same_run=True),
     Option("micro-batch", COUNT, None, "images per forward pass and process; gradients add up (default: all)"),
     Option("steps", COUNT, 800_000, "train until this step"),
+    Option("minutes", TO_1E9, None, "of training, for which --size auto chooses (default: 20)"),
     Option("epochs", TO_1E9, None, "instead: until each image was seen so many times (of NAME:N, N times as many)"),
     Option("optimizer", ["adamw", "muon"], "adamw", "muon: for the matrices of the blocks", same_run=True),
     Option("lr", POSITIVE, 1e-4, "learning rate"),
@@ -156,7 +157,8 @@ def make_parser():
     """The parser of all flags. Each is None where it is not given."""
     about = "Train PixNerd. Running the same command again resumes."
     parser = argparse.ArgumentParser(usage="train.py [--FLAG VALUE ...]; --help explains each", description=about)
-    parser.add_argument("--size", choices=PRESETS | text_model.PRESETS, help="model preset (default: Nano)")
+    sizes = [*PRESETS, *text_model.PRESETS, "auto"]
+    parser.add_argument("--size", choices=sizes, help="model preset (default: Nano); auto: for your own pictures")
     parser.add_argument("--recipe", choices=RECIPES, help="of the flags below (default: the size's)")
     for option in OPTIONS:
         shown = [] if option.default in (None, False) else [f"default: {option.default}"]
@@ -197,6 +199,8 @@ def parse_args(argv=None):
         if name in given:
             kinds = ("classes", "text") if text else ("text", "classes")
             parser.error(f"{flag(name)} is for models of {kinds[0]}, and this one is of {kinds[1]}: leave it out")
+    if "minutes" in given:
+        parser.error("--minutes does nothing without --size auto: add it, or say --steps")
     if {"steps", "epochs"} <= given.keys():
         parser.error("--epochs and --steps both say how long: leave one out")
     if {"crop", "augment"} <= given.keys() or ("crop" in given and args.data == "emoji"):

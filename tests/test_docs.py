@@ -162,7 +162,7 @@ def test_every_block_that_is_marked_runnable_runs(page, tmp_path, monkeypatch):
     """From its first command to its last, in a folder that holds PHOTOS and nothing else. Catches pages that rot."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "PHOTOS").mkdir()
-    for i in range(4):
+    for i in range(16):
         noise_picture(80, 100, i).save(tmp_path / "PHOTOS" / f"{i}.jpg")
     for words in runnable_commands(page.read_text()):
         assert words[0] == "python", f"{page.name} marks a block runnable that is not of Python alone: {words}"
