@@ -1,7 +1,6 @@
 """Fetches Imagenette: ten classes of ImageNet, to train on something real (`python data.py imagenette FOLDER`)."""
 
 import argparse
-import fcntl
 import gzip
 import os
 import pathlib
@@ -12,7 +11,7 @@ import zlib
 
 from tqdm import tqdm
 
-from runtime.files import UserError, cached_download
+from runtime.files import UserError, cached_download, lock_or_wait
 
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
 
@@ -30,7 +29,8 @@ def unpack(archive, folder):
                 tar.extract(member, temporary, filter="data")
             while tar.fileobj.read(1 << 20):  # up to the end, where gzip has its checksum
                 pass
-        os.sync()  # the pictures are on the disk before the folder has its name: it says that they are whole
+        if hasattr(os, "sync"):  # which Windows does not have
+            os.sync()  # the pictures are on the disk before the folder has its name: it says that they are whole
         os.rename(temporary / archive.stem, folder)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, FileNotFoundError) as error:
         raise UserError(f"{archive} is damaged ({error}): remove it and get it again")
@@ -51,7 +51,7 @@ def fetch_imagenette(folder):
     else:
         archive = cached_download(IMAGENETTE, folder=folder.parent)
         with open(archive.with_name(f"{archive.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second one that runs at the same time waits, and finds the folder
+            lock_or_wait(lock)  # a second one that runs at the same time waits, and finds the folder
             if not (folder / "train").is_dir():
                 unpack(archive, folder)
         print(f"{folder} is ready; {archive} can be removed")

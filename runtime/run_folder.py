@@ -5,7 +5,6 @@ previews/, samples.png, metrics.jsonl.
 """
 
 import dataclasses
-import fcntl
 import os
 import pathlib
 import shutil
@@ -14,7 +13,7 @@ import socket
 import numpy as np
 
 from runtime.checkpoint import FORMAT, check_same, checked_config, load_checkpoint, load_weights, save_checkpoint
-from runtime.files import UserError, check_writable, whole_file
+from runtime.files import UserError, check_writable, lock_or_refuse, whole_file
 from runtime.some_classes import SomeClasses
 
 
@@ -42,8 +41,7 @@ class RunFolder:
             return str(error)
         self.lock = open(self.path / ".lock", "a+")
         try:
-            # Of POSIX's kind, which belongs to one process: loader workers do not inherit it and outlive it.
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_or_refuse(self.lock)
         except BlockingIOError:
             self.lock.seek(0)
             owner = self.lock.read() or "another process"

@@ -5,7 +5,8 @@ import dataclasses
 import itertools
 import signal
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of torchrun and schedulers, Ctrl-C, a closed terminal
+HANGUP = getattr(signal, "SIGHUP", None)  # of a closed terminal; Windows has none
+STOPPING = (signal.SIGTERM, signal.SIGINT, *([HANGUP] if HANGUP else []))  # of torchrun and schedulers, Ctrl-C
 
 
 class Stopped(Exception):
@@ -21,7 +22,7 @@ class Stopping:
     def __init__(self, processes):
         self.processes, self.received, self.decision = processes, 0, 0
         for number in STOPPING:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
 
     def _note(self, number, frame):
@@ -54,6 +55,9 @@ class Stopping:
 @contextlib.contextmanager
 def signals_blocked():
     """Processes that are started within it never see the signals of STOPPING, which go to all processes of a job."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where no signal goes to all processes of a job
+        yield
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

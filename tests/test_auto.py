@@ -52,8 +52,11 @@ def chosen(photos, monkeypatch, seconds, *flags, pictures=16, side=160):
 def test_a_faster_machine_gets_larger_pictures_and_a_slower_one_larger_patches(photos, monkeypatch):
     pixels = {}
     for speed in (1e-4, 0.4, 1, 100):
-        by_cost = lambda config: speed * config.resolution**2 / 64**2 * (2 - config.patch_size / 16)  # noqa: E731
-        flags = chosen(photos, monkeypatch, by_cost, pictures=300)
+
+        def cost(config, speed=speed):
+            return speed * config.resolution**2 / 64**2 * (2 - config.patch_size / 16)
+
+        flags = chosen(photos, monkeypatch, cost, pictures=300)
         pixels[speed] = flags["--resolution"], flags["--patch-size"]
     assert pixels == {1e-4: ("128", "16"), 0.4: ("64", "8"), 1: ("64", "16"), 100: ("64", "16")}
 
@@ -67,7 +70,9 @@ def test_small_pictures_are_not_blown_up_and_few_are_not_seen_for_ever(photos, m
 
 
 def test_a_longer_time_gives_more_steps_and_flags_that_are_given_stay(photos, monkeypatch):
-    slow = lambda config: 10.0  # noqa: E731
+    def slow(config):
+        return 10.0
+
     short, long = (chosen(photos, monkeypatch, slow, "--minutes", m, pictures=64) for m in ("20", "60"))
     assert (short["--steps"], long["--steps"]) == ("110", "320")  # of 10 s: 18 and 54 minutes of training
     given = chosen(photos, monkeypatch, slow, "--steps", "7", "--resolution", "96", "--crop", "released", pictures=64)

@@ -2,6 +2,7 @@
 
 errors         UserError, and run(main), which turns it into one line
 saving         whole files or none
+locks          one process at a time
 download       a file from the network, once
 images         one JPEG, PNG or WEBP file -> RGB, and two ways to crop it
 weights        a file of weights, checked, into a module
@@ -13,6 +14,7 @@ from runtime.files.captions import index_captions
 from runtime.files.download import cached_download
 from runtime.files.errors import UserError, run
 from runtime.files.images import cut_long_sides, read_image, released_crop
+from runtime.files.locks import lock_or_refuse, lock_or_wait
 from runtime.files.picture_index import index_pictures, pictures_below
 from runtime.files.saving import check_writable, sync_folder, whole_file
 from runtime.files.weights import load_tensors, load_weights

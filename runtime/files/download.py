@@ -10,11 +10,10 @@ Bytes go to NAME.part, and NAME.etag says which version of the remote file they 
 NAME.part is renamed, so a file called NAME is always whole. A power cut may leave holes in NAME.part, from which the
 next call goes on; but every file that is fetched here has a checksum of its own, of zip, gzip or SHA-256.
 
-Left out: parallel connections, passwords, Windows (it has no fcntl). Proxies and certificates: urllib reads the
+Left out: parallel connections, passwords. Proxies and certificates: urllib reads the
 variables https_proxy, no_proxy and SSL_CERT_FILE.
 """
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -28,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.files.errors import UserError
+from runtime.files.locks import lock_or_wait
 
 BLOCK = 1 << 16  # bytes per read; a drop loses the block it interrupts, so not too large
 TIMEOUT = 30  # seconds without a byte after which a connection counts as dropped
@@ -55,7 +55,7 @@ def cached_download(url, flag=None, sha256_prefix=None, folder=None):
         # find the file. The kernel frees the lock of a killed process. The lock file stays: if it were removed, one
         # process could lock a fresh one while another still waits for the old one.
         with open(folder / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_or_wait(lock)
             if not target.exists():
                 _fetch(url, part)
                 if sha256_prefix:

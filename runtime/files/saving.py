@@ -29,6 +29,8 @@ def whole_file(path):
 
 def sync_folder(folder):
     """Makes a rename in `folder` survive a power cut: a file's name is stored in its folder, not in the file."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folder, and its file system keeps a journal of names
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
