@@ -71,6 +71,7 @@ def with_size_chosen(processes, argv=None):
         writes = "dry_run" not in given
         if writes:
             check_writable("--out", path.parent, is_folder=True)
+        processes.say("--size auto: timing a few steps of each choice, from the largest down")
         chosen, told = _choose(given, pictures.index, len(dataset), len(dataset.classes), minutes)
         if writes:
             with whole_file(path) as temporary:
