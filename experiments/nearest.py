@@ -76,7 +76,7 @@ def main():
     copies = int((distance < limit).sum())
     print(f"samples to their nearest training picture: {distance.median():.3f} (median, root mean square in 0 to 1)")
     print(f"training pictures to their nearest other:  {among.median():.3f}, {COPY:.0%} of them below {limit:.3f}")
-    print(f"{copies} of {args.num} samples are below that, which suggests copies: see {args.out}")
+    print(f"{copies} of {args.num} samples are below that, as copies would be: see {args.out}")
     pairs = torch.stack([samples, pictures[which]], dim=1).flatten(0, 1)  # (2N, 3, H, W): sample, neighbour, sample
     save_picture(args.out, picture_grid(enlarge(pairs, 96), columns=8))
 

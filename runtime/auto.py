@@ -112,8 +112,8 @@ def _choose(given, index, N, num_classes, minutes):
     more, a_minute = min(most, 2 * steps), TRAINING * 60 / seconds
     ema, every = round(min(max(1 - 15 / steps, 0.9), 0.9999), 4), max(50, steps // 6)
     chosen |= dict(steps=steps, ema=ema, log_every=max(1, steps // 100), save_every=every, preview_every=every)
-    told = f"{N} pictures, {side} pixels, {seconds:.2g} s a step: about {steps / a_minute:.0f} minutes"
-    better = f"--steps {more}, about {more / a_minute:.0f} minutes, for better ones"
+    told = f"{N} pictures, {side} pixels, {seconds:.2g} s a step: about {steps / a_minute:.2g} min"
+    better = f"--steps {more}, about {more / a_minute:.2g} min, for better ones"
     return chosen, f"{told}; {better if more > steps else 'more steps would learn them by heart'}"
 
 
