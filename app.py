@@ -142,7 +142,7 @@ def main():
     add("--open", action="store_true", help="open the page in the browser")
     args = parser.parse_args()
     check_address(args.host, args.port)  # before the models are loaded, which may take minutes
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that temporary files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed
     device = pick_device(args.device)
     shipped = [name for name, (path, _) in SHIPPED_FILES.items() if path.exists()]
     given = [name for name in reversed(args.ckpt.split(",")) if name]  # the user's last comes first

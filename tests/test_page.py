@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,10 @@ runpy.run_path(root + "/app.py", run_name="__main__")
 """
 
 
+def ignore_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -75,7 +80,9 @@ def site(tmp_path_factory):
         environment.pop(name, None)
     log = open(folder / "log", "w+")
     command += ["--port", str(free_port()), "--device", "cpu"]
-    server = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, env=environment, cwd=folder)
+    # As a shell starts what it puts into the background: deaf to Ctrl-C, and to be ended by a signal all the same.
+    how = dict(stdout=log, stderr=log, env=environment, cwd=folder, preexec_fn=ignore_interrupts)
+    server = subprocess.Popen([str(word) for word in command], **how)
     while "The page is at" not in (folder / "log").read_text():
         assert server.poll() is None, (folder / "log").read_text()
     yield re.search(r"http://\S+", (folder / "log").read_text())[0], folder
