@@ -57,6 +57,7 @@ ROWS = {
     "field depth 4": {"field_depth": 4},
     "field, twice as long": {"steps_times": 2},
     "linear, twice as long": LINEAR | {"steps_times": 2},
+    "sincos, twice as long": {"encoding": "sincos", "steps_times": 2},
     "field, patches of 16": PAPERS_PATCH,
     "linear, patches of 16": PAPERS_PATCH | LINEAR,
 }
@@ -170,7 +171,11 @@ CLAIMS = {
     "encoding": Claim(
         "Fig. 6d: the DCT basis against sines and cosines, and its frequencies",
         "the DCT basis was chosen; the paper writes whole frequencies, the released model has others",
-        (("sincos", "field", 1), ("whole frequencies", "field", 0)),
+        (
+            ("sincos", "field", 1),
+            ("sincos, twice as long", "field, twice as long", 1),
+            ("whole frequencies", "field", 0),
+        ),
     ),
     "guidance": Claim(
         "Fig. 6e: scale and interval of the guidance, on the model in assets/",
