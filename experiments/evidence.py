@@ -223,6 +223,8 @@ def summary(claims, records):
 def claim_lines(key, claim, records, folder, real_border):
     """The section of one claim."""
     lines = [f"## {heading(key, claim)}", "", f"Said: {claim.says}.", ""]
+    if claim.note:
+        lines += [claim.note, ""]
     if claim.kind == "cost":
         return lines + cost_lines(claim.rows(), records)
     lines += verdict_table(claim, records)
