@@ -177,8 +177,8 @@ CLAIMS = {
             ("sincos, twice as long", "field, twice as long", 1),
             ("whole frequencies", "field", 0),
         ),
-        note="Both encodings are tested against their equations, and the released DCT against golden numbers, so that a "
-        "mistake of ours is unlikely. A possible reason, not tested: the DCT damps high frequencies by "
+        note="Both encodings are tested against their equations, and the released DCT against golden numbers, so "
+        "that a mistake of ours is unlikely. A possible reason, not tested: the DCT damps high frequencies by "
         "1 / (1 + fx fy), which a short training has to make up for, while sines and cosines all reach 1; the paper "
         "compared pictures, by FID, after a far longer training. Here the emoji distance is the column to compare.",
     ),
