@@ -14,7 +14,8 @@ Letters: B batch, C = 3, H, W the student's image; P = 14 the teacher's patch, H
 1+L tokens with the class token in front; D width, Nh heads, Dh = D / Nh. M = 37, the side of the grid that the
 published position embedding was trained on (518 pixels). Parameter names are those of the published files.
 
-Left out: what only training DINOv2 needs (masking, stochastic depth, the heads of its losses), register tokens.
+Left out: what only training DINOv2 needs (masking, stochastic depth, the heads of its losses), register tokens,
+the gated feed-forward of ViT-g.
 """
 
 import math
@@ -45,33 +46,17 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, 1+L, D)
 
 
-class SwiGLU(nn.Module):
-    """The gated feed-forward of ViT-g (arXiv 2002.05202): (B, 1+L, D) -> (B, 1+L, D)."""
-
-    def __init__(self, dim):
-        super().__init__()
-        # Three matrices instead of two, so 2/3 of the usual 4 D keeps the number of weights. Rounded up to a
-        # multiple of 8, which GPUs multiply faster: 4096 for D = 1536.
-        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        gate, value = self.w12(x).chunk(2, dim=-1)  # each (B, 1+L, hidden)
-        return self.w3(F.silu(gate) * value)  # (B, 1+L, D)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then feed-forward, each scaled by channel and added to its input."""
 
-    def __init__(self, dim, num_heads, swiglu):
+    def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)  # 1e-6 as in the published model, not PyTorch's 1e-5
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         # nn.GELU() is the exact one (erf); the usual tanh approximation is off by up to 5e-4 at each.
-        plain = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
-        self.mlp = SwiGLU(dim) if swiglu else nn.Sequential(plain)
+        layers = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(layers)
         # The scales start near zero, so that deep stacks train; 1e-5 as in DINOv2's training.
         self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.full((dim,), 1e-5)}) for _ in range(2))
 
@@ -84,12 +69,11 @@ class DINOv2(nn.Module):
     """A DINOv2 vision transformer that returns patch tokens, frozen and in eval mode from the start.
 
     img_size: side in pixels of the images its position embedding was made for (518 in the published files).
-    swiglu: the gated feed-forward, which only ViT-g has.
-    ViT-S/B/L/g: embed_dim D = 384, 768, 1024, 1536; depth 12, 12, 24, 40; num_heads Nh = D / 64.
+    ViT-S/B/L: embed_dim D = 384, 768, 1024; depth 12, 12, 24; num_heads Nh = D / 64.
     Source: arXiv 2304.07193, and the shapes of the published weights.
     """
 
-    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, swiglu=False):
+    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads):
         super().__init__()
         self.patch_size, self.width = patch_size, embed_dim
         self.grid = img_size // patch_size  # M
@@ -98,7 +82,7 @@ class DINOv2(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))  # unused here, but in the files
         # A convolution whose stride is its size is one Linear applied to each patch.
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, swiglu) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         # Mean and deviation of ImageNet's training images, per channel. Not persistent: not in the files.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
@@ -152,8 +136,7 @@ def load_dinov2(path=None):
         width, _, patch, _ = weights["patch_embed.proj.weight"].shape
         grid = math.isqrt(weights["pos_embed"].shape[1] - 1)  # M; one position is the class token's
         depth = sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in weights)
-        swiglu = "blocks.0.mlp.w12.weight" in weights
-        model = DINOv2(grid * patch, patch, width, depth, max(1, width // 64), swiglu)
+        model = DINOv2(grid * patch, patch, width, depth, max(1, width // 64))
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError):
         raise UserError(f"{path} does not hold the weights of a DINOv2")
     load_weights(model, weights, path)  # strict: another architecture would give features that are silently wrong

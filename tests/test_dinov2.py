@@ -16,11 +16,10 @@ from pretrained.dinov2 import DINOv2, load_dinov2
 from runtime.files import UserError
 
 GOLDEN = {name: torch.from_numpy(array) for name, array in np.load(ROOT / "tests/golden/dinov2.npz").items()}
-PUBLISHED = {  # D, depth, Nh and the exact number of parameters (about 22 M, 86 M, 304 M, 1.1 B)
+PUBLISHED = {  # D, depth, Nh and the exact number of parameters (about 22 M, 86 M, 304 M)
     "S": (384, 12, 6, 22_056_576),
     "B": (768, 12, 12, 86_580_480),
     "L": (1024, 24, 16, 304_368_640),
-    "g": (1536, 40, 24, 1_136_480_768),
 }
 
 
@@ -107,26 +106,15 @@ def test_images_that_are_not_whole_patches_are_refused():
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_sizes_have_the_published_parameter_counts(size):
-    """Catches: a missing bias or LayerScale, a plain MLP in ViT-g. The meta device allocates nothing."""
+    """Catches: a missing bias or LayerScale. The meta device allocates nothing."""
     dim, depth, num_heads, count = PUBLISHED[size]
     with torch.device("meta"):
-        model = DINOv2(518, 14, dim, depth, num_heads, swiglu=size == "g")
+        model = DINOv2(518, 14, dim, depth, num_heads)
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_swiglu_equals_a_naive_formula_and_has_vit_gs_hidden_width():
-    """Catches: gate and value exchanged, a width that ViT-g's file would not fit."""
-    layer = dinov2.SwiGLU(12)
-    x = torch.randn(3, 12)
-    assert layer.w3.in_features == 32 and dinov2.SwiGLU(1536).w3.in_features == 4096
-    h = x @ layer.w12.weight.T + layer.w12.bias
-    gated = h[:, :32] * torch.sigmoid(h[:, :32]) * h[:, 32:]
-    torch.testing.assert_close(layer(x), gated @ layer.w3.weight.T + layer.w3.bias)
-
-
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"embed_dim": 128, "num_heads": 2}, {"img_size": 98, "depth": 3}, {"swiglu": True}, {"embed_dim": 24}],
+    "changes", [{}, {"embed_dim": 128, "num_heads": 2}, {"img_size": 98, "depth": 3}, {"embed_dim": 24}]
 )
 def test_load_finds_the_architecture_in_the_files_shapes(tmp_path, changes):
     """Catches: a loader that knows ViT-B only, or that takes the number of heads for something a file says."""
