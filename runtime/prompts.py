@@ -21,6 +21,7 @@ from tqdm import tqdm
 from pretrained.text_encoders import fit_encoder, load_text_encoder, refuse_encoder
 from runtime.files import UserError, check_writable, whole_file
 from runtime.pictures import save_picture
+from runtime.shards import check_begun
 
 LAYOUTS = ("geneval", "dpg")
 
@@ -133,7 +134,10 @@ def draw_layout(layout, prompts, num, out, draw, settings, steps, processes):
     """
     out = pathlib.Path(out)
     if processes.rank == 0:
-        _check_settings(out, settings)
+        record = out.with_name(out.name + ".settings.json")  # beside it: DPG's evaluator takes every file for a picture
+        if not record.exists() and out.exists() and any(out.iterdir()):
+            raise UserError(f"--out {out} holds other files: choose a new folder")
+        check_begun(out, record, settings, "use the same, or choose another --out")
     processes.barrier()
     own = list(enumerate(prompts))[processes.rank :: processes.world]
     missing = [
@@ -160,23 +164,3 @@ def _paths(layout, out, i, prompt, num):
     if layout == "dpg":
         return [out / f"{prompt.id}.png"]
     return [out / f"{i:05d}" / "samples" / f"{k:04d}.png" for k in range(num)]
-
-
-def _check_settings(out, settings):
-    record = out.with_name(out.name + ".settings.json")  # beside it: DPG's evaluator takes every file for a picture
-    text = json.dumps(settings, indent=1, sort_keys=True)
-    if record.exists():
-        try:
-            before = json.loads(record.read_text())
-            changed = [name for name in settings if before.get(name) != json.loads(text)[name]]
-        except (ValueError, AttributeError):
-            raise UserError(f"{record} is damaged: remove it and {out}, or choose another --out")
-        if changed:
-            name = changed[0]
-            was, now = before.get(name), settings[name]
-            raise UserError(f"{out} was begun with {name}={was!r}, not {now!r}: use the same, or choose another --out")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} holds other files: choose a new folder")
-    with whole_file(record) as temporary:
-        temporary.write_text(text)

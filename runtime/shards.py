@@ -78,6 +78,25 @@ def one_complaint(processes):
         sys.exit(1)
 
 
+def check_begun(folder, record, settings, remedy):
+    """UserError, naming the difference, if `folder` was begun with other `settings` (plain values); else keeps them.
+
+    record: the file that does.
+    """
+    if not record.exists():
+        with whole_file(record) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+        return
+    try:
+        before, now = json.loads(record.read_text()), json.loads(json.dumps(settings))
+        name = next((name for name in before | now if before.get(name) != now.get(name)), None)
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{record} is damaged: remove it and {folder}, or choose another place")
+    if name is not None:
+        difference = f"{name}={before.get(name)!r}, and this run has {now.get(name)!r}"
+        raise UserError(f"{folder} was begun with {difference}: {remedy}")
+
+
 class Shards:
     """The folder of shards of the npz `path`, for `num` images of `size` (height, width) in batches of `batch_size`.
 
@@ -92,15 +111,8 @@ class Shards:
         if processes.rank > 0:
             return
         self.folder.mkdir(exist_ok=True)
-        record = self.folder / "settings.json"
-        if not record.exists():
-            with whole_file(record) as temporary:
-                temporary.write_text(json.dumps(settings))
-        for name, value in json.loads(record.read_text()).items():
-            if settings.get(name) != value:
-                difference = f"{name}={value!r}, and this run has {settings.get(name)!r}"
-                remedy = "use the same, delete the folder, or choose another --npz"
-                raise UserError(f"{self.folder} was begun with {difference}: {remedy}")
+        remedy = "use the same, delete the folder, or choose another --npz"
+        check_begun(self.folder, self.folder / "settings.json", settings, remedy)
 
     def where(self, s):
         """The file of shard s: its images as bytes, uint8 (B, H, W, 3)."""

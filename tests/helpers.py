@@ -155,8 +155,9 @@ def complaint(*arguments):
     return stderr.strip().splitlines()[-1]
 
 
-# The flags of a small training run in float32 on one thread, so that equal means equal to the last bit.
+# The flags of a training run of a tiny model, in float32 on one thread, so that equal means equal to the last bit.
 QUICK = [
+    *("--hidden-size", "32", "--depth", "2", "--num-heads", "2"),
     *("--patch-size", "16", "--field-width", "8", "--field-depth", "1", "--batch-size", "4", "--precision", "fp32"),
     *("--compile", "off", "--preview-every", "0", "--device", "cpu", "--schedule", "constant"),
     *("--optimizer", "adamw", "--lr", "3e-3"),

@@ -265,7 +265,7 @@ def test_processes_share_the_prompts_and_a_second_run_draws_what_is_missing(tmp_
     drawn.clear()
     draw_layout("dpg", prompts, 4, tmp_path / "three", draw, {"steps": 1}, 1, Alone())
     assert drawn == ["xxxxx"]
-    with pytest.raises(UserError, match="was begun with steps=1, not 2"):
+    with pytest.raises(UserError, match="was begun with steps=1, and this run has 2"):
         draw_layout("dpg", prompts, 4, tmp_path / "three", draw, {"steps": 2}, 1, Alone())
 
 

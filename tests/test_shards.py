@@ -145,6 +145,10 @@ def test_shards_of_other_settings_are_never_mixed(tmp_path):
     ):
         with pytest.raises(UserError, match=f"begun with {words}.*delete the folder, or choose another --npz"):
             Shards(tmp_path / "x.npz", 12, SIZE, 2, settings, ALONE)
+    for damage in ("{", "[1]"):
+        (tmp_path / "x.npz.shards" / "settings.json").write_text(damage)
+        with pytest.raises(UserError, match="settings.json is damaged: remove it"):
+            Shards(tmp_path / "x.npz", 12, SIZE, 2, {"seed": 0}, ALONE)
 
 
 def test_a_damaged_or_missing_shard_is_named(tmp_path):
