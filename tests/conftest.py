@@ -57,6 +57,15 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def quick_previews(monkeypatch):
+    """Previews and the samples of --eval-every in two steps of the solver, for runs whose pictures nobody looks at."""
+    from runtime import previews
+
+    for how in (previews.FOR_SMALL, previews.JUDGED_SMALL):
+        monkeypatch.setitem(how, "steps", 2)
+
+
+@pytest.fixture
 def server(monkeypatch):
     """A server of this machine whose faults a test switches on (helpers.FaultyServer); retries follow at once."""
     from helpers import FaultyServer

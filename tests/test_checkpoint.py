@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import ROOT, TINY, randomised, run_state
+from helpers import ROOT, TINY, randomised, run_script, run_state
 
 from model import PixNerdConfig
 from pretrained.released import export_reference
@@ -150,12 +150,12 @@ class Bomb:
 def test_pickled_code_is_refused_and_does_not_run(tmp_path):
     torch.save({"format": FORMAT, "config": Bomb(tmp_path / "touched")}, tmp_path / "evil.pt")
     for command in (
-        ["sample.py", "--ckpt", tmp_path / "evil.pt"],
-        ["-m", "runtime.checkpoint", "export", tmp_path / "evil.pt", "y"],
-        ["train.py", "--init", tmp_path / "evil.pt", "--out", tmp_path / "run"],
+        ("sample.py", "--ckpt", tmp_path / "evil.pt"),
+        ("runtime/checkpoint.py", "export", tmp_path / "evil.pt", "y"),
+        ("train.py", "--init", tmp_path / "evil.pt", "--out", tmp_path / "run"),
     ):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 1 and "refused" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        status, _, stderr = run_script(*command)
+        assert status == 1 and "refused" in stderr and "\n" not in stderr, stderr
     os.rename(tmp_path / "evil.pt", tmp_path / "step-00000001.pt")
     with pytest.raises(UserError, match="all 1 checkpoints"):
         load_run(tmp_path, lambda _: None)

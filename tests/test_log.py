@@ -151,7 +151,7 @@ def test_lists_become_one_number_per_bin_and_empty_bins_none():
 # ---- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_reads_back_every_number_and_the_previews_also_after_resuming(tmp_path):
+def test_tensorboard_reads_back_every_number_and_the_previews_also_after_resuming(tmp_path, quick_previews):
     pytest.importorskip("tensorboard")
     out, flags = tmp_path / "run", ("--tensorboard", "--log-every", 2)
     assert train(out, "--steps", 4, *flags)[0] == 0

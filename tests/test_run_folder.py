@@ -83,7 +83,7 @@ def test_the_same_classes_in_another_order_are_numbered_as_in_the_run(tmp_path):
     assert open_dataset(data, 32).classes == ["apple", "bird", "cat"]
 
 
-def test_the_final_evaluation_and_preview_are_made_up_for_after_a_kill(tmp_path):
+def test_the_final_evaluation_and_preview_are_made_up_for_after_a_kill(tmp_path, quick_previews):
     """Killed between the last save and them, the same command draws and judges. Catches: "nothing to do" without it."""
     out, flags = tmp_path / "run", ("--steps", 2, "--preview-every", 2, "--eval-every", 2, "--eval-num", 128)
     assert train(out, *flags)[0] == 0
@@ -98,7 +98,7 @@ def test_the_final_evaluation_and_preview_are_made_up_for_after_a_kill(tmp_path)
         assert metrics.read_text() == whole and picture.read_bytes() == drawn
 
 
-def test_a_stop_during_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(tmp_path, monkeypatch):
+def test_a_stop_during_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(tmp_path, monkeypatch, quick_previews):
     """Catches: an evaluation of an hour that goes on until the scheduler's SIGKILL, and a step without its score."""
     flags = ("--steps", 2, "--eval-every", 2, "--eval-num", 128)
     drawn, plain = [], previews.draw

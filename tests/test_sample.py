@@ -509,17 +509,13 @@ def test_an_image_that_is_not_finite_is_refused(tmp_path):
     assert not list(tmp_path.rglob("x.npz")) and not list(tmp_path.rglob("*.png"))
 
 
-def test_full_disk_and_mistakes_as_seen_from_outside(ckpt, tmp_path):
+def test_a_full_disk_as_seen_from_outside(ckpt, tmp_path):
     """A process of its own, whose files may have 1,000 bytes: one line on stderr, status 1, the old picture kept."""
     picture, limit = tmp_path / "x.png", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     picture.write_text("before")
     command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--num", "9", "--steps", "1", "--out", picture]
-    for more, words in (
-        ([], "sample.py: [Errno 27] File too large"),
-        (["--class", "nine"], "sample.py: --class 'nine'"),
-    ):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120, preexec_fn=limit)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith(words), done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr == "sample.py: [Errno 27] File too large\n", done.stderr
     assert os.listdir(tmp_path) == ["x.png"] and picture.read_text() == "before"
 
 

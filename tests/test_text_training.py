@@ -104,7 +104,7 @@ def test_a_text_model_learns_four_captions_by_heart(tmp_path):
     assert torch.cdist(means, wanted).argmin(1).tolist() == [0, 1, 2, 3]
 
 
-def test_previews_show_captions(tmp_path, captioned):
+def test_previews_show_captions(tmp_path, captioned, quick_previews):
     run(tmp_path / "run", captioned, "--steps", 1, "--preview-every", 1)
     assert (tmp_path / "run" / "samples.png").exists()
 

@@ -118,7 +118,7 @@ def test_a_run_from_before_a_choice_existed_is_no_run_of_another_choice(tmp_path
     assert train(out, "--steps", 2)[0] == 0
 
 
-def test_a_model_of_clean_images_trains_previews_resumes_and_samples(tmp_path):
+def test_a_model_of_clean_images_trains_previews_resumes_and_samples(tmp_path, quick_previews):
     """Through the scripts: its configuration is in the file, and sample.py needs no flag."""
     out = tmp_path / "run"
     flags = ("--prediction", "clean", "--loss", "frequency", "--preview-every", 2)
@@ -126,7 +126,8 @@ def test_a_model_of_clean_images_trains_previews_resumes_and_samples(tmp_path):
     assert train(out, "--steps", 2, *flags)[0] == 0
     assert (out / "samples.png").exists() and last(out)["config"]["prediction"] == "clean"
     assert "prediction='clean'" in refuses(out, "--steps", 3, "--loss", "frequency")
-    status, _, stderr = run_script("sample.py", "--ckpt", out / "last.pt", "--class", 0, "--out", tmp_path / "x.png")
+    flags = ("--num", 1, "--steps", 2, "--out", tmp_path / "x.png")
+    status, _, stderr = run_script("sample.py", "--ckpt", out / "last.pt", "--class", 0, *flags)
     assert status == 0, stderr
 
 
@@ -188,14 +189,14 @@ def test_learning_rate_rises_then_stays_or_falls_as_a_cosine():
 
 
 def test_one_batch_is_overfitted():
-    """Eight pictures with fixed noise and times: the loss falls to a twentieth. Catches detached or dead parameters."""
+    """Four pictures with fixed noise and times: the loss falls to a twentieth. Catches detached or dead parameters."""
     torch.manual_seed(0)
-    x = from_uint8(torch.stack([open_dataset("emoji", 32)[200 * i][0] for i in range(8)]))
-    noise, t, y = torch.randn_like(x), sample_time(8), torch.arange(8) % 3
+    x = from_uint8(torch.stack([open_dataset("emoji", 32)[200 * i][0] for i in range(4)]))
+    noise, t, y = torch.randn_like(x), sample_time(4), torch.arange(4) % 3
     model = PixNerd(dataclasses.replace(TINY, hidden_size=64, num_heads=4, resolution=32, patch_size=8, field_width=16))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(250):
+    for _ in range(100):
         loss = flow_matching_loss(model(interpolate(x, noise, t), t, y), x, noise)
         optimizer.zero_grad()
         loss.backward()
@@ -260,7 +261,7 @@ def test_the_average_keeps_no_graph(tmp_path, monkeypatch):
     assert averages == [[], []]
 
 
-def test_metrics_previews_and_dry_run(tmp_path):
+def test_metrics_previews_and_dry_run(tmp_path, quick_previews):
     out = tmp_path / "run"
     status, stdout, stderr = train(out, "--steps", 4, "--log-every", 2, "--preview-every", 2)
     assert status == 0, stderr
@@ -383,7 +384,7 @@ def test_workers_and_micro_batches_change_nothing(uninterrupted, tmp_path):
         torch.testing.assert_close(last(out)["model"][key], value, atol=1e-4, rtol=1e-3)
 
 
-def test_what_a_kill_after_the_last_save_left_undone_is_made_up_for(tmp_path):
+def test_what_a_kill_after_the_last_save_left_undone_is_made_up_for(tmp_path, quick_previews):
     """The second name of the checkpoint, and the preview. Catches: "nothing to do" beside a stale last.pt."""
     out, flags = tmp_path / "run", ("--preview-every", 2)
     for steps in (2, 4):
@@ -536,7 +537,7 @@ def test_the_demo_learns_some_classes_with_a_small_teacher(tmp_path):
     assert status == 0, stderr
     first, then = [json.loads(line)["alignment"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert then < first - 0.1, (first, then)
-    assert last(out)["class_names"] == ["smileys", "food"] and last(out)["projector"]["4.weight"].shape == (128, 128)
+    assert last(out)["class_names"] == ["smileys", "food"] and last(out)["projector"]["4.weight"].shape == (128, 32)
     assert "classes=['smileys', 'food'], but this run asks for None" in refuses(out, "--steps", 21, *flags)
     for classes in ("food,smileys", "travel,flags"):  # as many, so that only the names tell
         message = refuses(out, "--steps", 21, "--classes", classes, "--accept-changed-data", *flags)
@@ -623,29 +624,13 @@ def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
 
 
 def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
-    """Nano's shape and recipe, 60 steps of 16 images: measured 0.52 over the last 15, from 1.43 in the first."""
-    status, _, stderr = train(
-        tmp_path / "run",
-        "--patch-size",
-        8,
-        "--field-width",
-        32,
-        "--field-depth",
-        2,
-        "--optimizer",
-        "muon",
-        "--lr",
-        1e-2,
-        "--batch-size",
-        16,
-        "--steps",
-        60,
-        "--log-every",
-        15,
-    )
+    """Nano's field and recipe, 45 steps of 16 images: measured 0.59 to 0.65 over the last 15, from 1.45 in the first."""
+    shape = ("--patch-size", 8, "--field-width", 32, "--field-depth", 2)
+    recipe = ("--optimizer", "muon", "--lr", 1e-2, "--batch-size", 16, "--steps", 45, "--log-every", 15)
+    status, _, stderr = train(tmp_path / "run", *shape, *recipe)
     assert status == 0, stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert 1.2 < losses[0] < 2.0 and losses[-1] < 0.65, losses
+    assert 1.2 < losses[0] < 2.0 and losses[-1] < 0.75, losses
 
 
 @pytest.mark.slow
