@@ -624,7 +624,7 @@ def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
 
 
 def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
-    """Nano's field and recipe, 45 steps of 16 images: measured 0.59 to 0.65 over the last 15, from 1.45 in the first."""
+    """Nano's field and recipe, 45 steps of 16 images: measured 0.59 to 0.65 over the last 15, 1.45 in the first."""
     shape = ("--patch-size", 8, "--field-width", 32, "--field-depth", 2)
     recipe = ("--optimizer", "muon", "--lr", 1e-2, "--batch-size", 16, "--steps", 45, "--log-every", 15)
     status, _, stderr = train(tmp_path / "run", *shape, *recipe)
