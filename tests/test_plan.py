@@ -77,9 +77,8 @@ def test_a_training_step_costs_what_pytorch_counts():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_checkpoint_has_the_planned_size(tmp_path, optimizer):
     nano = PRESETS["Nano"]
-    settings = [
-        f"--{name.replace('_', '-')}={getattr(nano, name)}" for name in ("patch_size", "field_width", "field_depth")
-    ]
+    names = ("hidden_size", "depth", "num_heads", "patch_size", "field_width", "field_depth")
+    settings = [f"--{name.replace('_', '-')}={getattr(nano, name)}" for name in names]
     status, _, stderr = run(tmp_path / "run", "--steps", 1, *settings, "--optimizer", optimizer)
     assert status == 0, stderr
     size = (tmp_path / "run" / "last.pt").stat().st_size
@@ -201,10 +200,18 @@ def test_epochs_become_steps_that_show_every_image():
 
 def test_a_cluster_is_planned_without_the_data(tmp_path):
     """And only planned: the same command without --dry-run stops, and writes nothing."""
-    flags = (
-        "--size XL --patch-size 16 --field-width 64 --field-depth 4 --batch-size 256 --precision auto --compile auto"
-    )
-    flags = [*flags.split(), "--data", tmp_path / "train"]
+    model = "--size XL --hidden-size 1152 --depth 26 --num-heads 16 --patch-size 16 --field-width 64 --field-depth 4"
+    flags = [
+        *model.split(),
+        "--batch-size",
+        256,
+        "--precision",
+        "auto",
+        "--compile",
+        "auto",
+        "--data",
+        tmp_path / "train",
+    ]
     cluster = ("--dry-run", "--world-size", 8, "--gpu", "a100")
     status, stdout, stderr = run(tmp_path / "run", *flags, *cluster, "--repa", 0.5)
     assert status == 0, stderr

@@ -666,7 +666,8 @@ def test_alignment_trains_resumes_exactly_and_saves_its_projector(tmp_path, rank
 def test_starting_from_another_number_of_classes_says_that_the_embedding_is_new(tmp_path):
     """Everything else is taken over. Catches: a silently random trunk, and class vectors of the wrong classes."""
     torch.manual_seed(5)
-    config = dataclasses.replace(PRESETS["Nano"], num_classes=3, patch_size=16, field_width=8, field_depth=1)
+    tiny = {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "field_width": 8, "field_depth": 1}
+    config = dataclasses.replace(PRESETS["Nano"], num_classes=3, **tiny)
     model = PixNerd(config)
     save_checkpoint(
         tmp_path / "source.pt",
