@@ -161,6 +161,7 @@ def test_every_stored_run_says_how_it_was_made():
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_rows_of_a_seed_see_the_same_samples_and_another_seed_sees_others(data, monkeypatch):
     """Pictures, noise, times and dropped labels of every step."""
     plain, seen = ablations.training_loss, []
@@ -246,6 +247,7 @@ def test_every_row_makes_a_model_and_field_and_linear_cost_the_same():
         assert claim.measure in evidence.MEASURES or claim.kind == "cost", key
 
 
+@pytest.mark.slow
 def test_a_row_of_64_pixels_learns_and_is_judged_at_its_own_size(monkeypatch):
     """Samples are shrunk for the emoji distance, and borders of patches of 16 are compared with those of real ones."""
     small = {"resolution": 64, "patch_size": 16, "hidden_size": 32, "num_heads": 2, "lr": 1e-3}
@@ -262,6 +264,7 @@ def test_a_row_of_64_pixels_learns_and_is_judged_at_its_own_size(monkeypatch):
     assert found["gflop_per_step"] == pytest.approx(3 * 3 * forward_flops(own) / 1e9)
 
 
+@pytest.mark.slow
 def test_more_evaluations_come_closer_to_the_finest(monkeypatch):
     """Of a random model, whose path is anything but straight; the finest itself has no error."""
     monkeypatch.setitem(claims.DRAWN, "finest", {"evaluations": 60})

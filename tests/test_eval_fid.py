@@ -397,6 +397,7 @@ def from_array(image):
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(emoji_files):
     """What torchrun does: the same command in two processes, which find each other by these variables.
 

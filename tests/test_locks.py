@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import pytest
 from helpers import ROOT, command, last
 
 from runtime.files import locks
@@ -40,6 +41,7 @@ def train_as_on_windows(out, *flags):
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_training_saves_resumes_and_locks_its_folder_without_what_only_posix_has(tmp_path):
     """Catches: an import of fcntl, or a signal or call that Windows lacks, on the way of a training run."""
     out = tmp_path / "run"

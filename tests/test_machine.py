@@ -104,6 +104,7 @@ def test_a_wide_field_with_many_frequencies_can_be_drawn_from():
         assert (model(*inputs) - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_numbers_without_a_graph_break():
     """fullgraph=True raises at a graph break."""
     if compiler_trouble():

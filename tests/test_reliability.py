@@ -505,7 +505,8 @@ NOT_FINITE = {
 }
 
 
-@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=slow)])
+@slow
+@pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_not_finite_on_one_rank_stops_all_before_the_update_and_is_blamed(tmp_path, whole, what):
     """Rank 1 goes wrong in step 3, noticed at the next save. Catches: rank 0 reporting itself, or a step of -1."""
     fault = f"each_step(lambda k, loss: {NOT_FINITE[what]} if RANK == 1 and k == 3 else loss)"
@@ -517,7 +518,8 @@ def test_not_finite_on_one_rank_stops_all_before_the_update_and_is_blamed(tmp_pa
     assert not (out / "step-00000004.pt").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_loader_worker_is_an_error_that_names_it(tmp_path, ranks):
     """As the kernel does when memory runs out. Catches: waiting for its batch, and a traceback through the loader."""
     with Job(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--workers", 2, ranks=ranks) as job:
@@ -639,7 +641,8 @@ def test_two_nodes_train_as_one_node_does(tmp_path, whole):
 # ---- alignment and fine-tuning ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_alignment_trains_resumes_exactly_and_saves_its_projector(tmp_path, ranks):
     """A small DINOv2 with random weights. Catches: a projector that is not optimised, not saved or not restored."""
     torch.manual_seed(0)

@@ -347,6 +347,7 @@ def test_killed_while_training_resumes_exactly(uninterrupted, tmp_path):
     assert_same_run(last(out), last(uninterrupted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
 def test_training_goes_on_to_its_checkpoint_when_the_reader_of_its_output_leaves(tmp_path, uninterrupted, stderr):
     """`python train.py | head -1`, also with `2>&1`. Catches a BrokenPipeError that takes unsaved steps with it."""
@@ -608,6 +609,7 @@ def test_impossible_flags_are_named(tmp_path):
     assert not list(out.glob("*.pt"))
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
     out = tmp_path / "run"
     process = subprocess.run(
