@@ -259,7 +259,7 @@ def rounded(value):
 
 
 def kind_of(name):
-    """ "train", "draw" or "cost"."""
+    """What a row does: "train", "draw" or "cost"."""
     return "train" if name in ROWS else "cost" if name in COSTS else "draw"
 
 

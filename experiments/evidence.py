@@ -58,7 +58,7 @@ def difference(claim, records, row, base):
 
 
 def finding(mean, error, pairs):
-    """ "lower", "higher" or, within two standard errors or of fewer than FEWEST pairs, "cannot tell"."""
+    """What a difference is: "lower", "higher" or, within two standard errors or of too few pairs, "cannot tell"."""
     if pairs < FEWEST or abs(mean) <= 2 * error:
         return "cannot tell"
     return "lower" if mean < 0 else "higher"
@@ -251,7 +251,7 @@ def how_measured(records, study, real_border):
   not carry a patch to a linear decoder. One drawing in ten is held out (`experiments/held_out.txt`; near-duplicates are
   on one side).
 - **Length**: {study.steps} steps of {study.batch_size} pictures, AdamW, learning rate from {study.lr:g} down to 0.
-  That is short: samples are blurred, and what the paper's 800,000 steps would show may differ.
+  That is short: samples are rough patches of colour, and what the paper's 800,000 steps would show may differ.
 - **Pairs**: runs of one seed see the same pictures, noise, times and dropped labels. A difference is the mean over the
   seeds of row minus base, ± its standard error. Within two standard errors, or with fewer than {FEWEST} seeds, the
   verdict is "cannot tell". With three seeds that is a weak test: 18 of 100 differences that are chance would pass it.

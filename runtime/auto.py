@@ -108,8 +108,10 @@ def _choose(given, index, N, num_classes, minutes):
         if possible * batch >= min(ENOUGH, OFTEN * N):
             break
     most = max(1000, OFTEN * N // batch)
+    # Two digits, as much as a few timed steps can promise.
     steps = given.get("steps", min(most, max(10, int(float(f"{possible:.2g}")))))
     more, a_minute = min(most, 2 * steps), TRAINING * 60 / seconds
+    # The average reaches over the last fifteenth of the run, as the emoji's recipe does; a preview for each sixth.
     ema, every = round(min(max(1 - 15 / steps, 0.9), 0.9999), 4), max(50, steps // 6)
     chosen |= dict(steps=steps, ema=ema, log_every=max(1, steps // 100), save_every=every, preview_every=every)
     told = f"{N} pictures, {side} pixels, {seconds:.2g} s a step: about {steps / a_minute:.2g} min"

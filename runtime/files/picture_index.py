@@ -122,6 +122,7 @@ def index_pictures(source, cache=None, write=True):
 
 
 def stamp_of(file):
+    """[time of the last change in nanoseconds, size in bytes]: another pair means another content. Raises OSError."""
     status = os.stat(file)
     return [status.st_mtime_ns, status.st_size]
 
