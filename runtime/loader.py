@@ -56,6 +56,6 @@ def training_batches(dataset, numbers, seed, shift, workers, device, encode=None
             if encode:
                 batch["y"] = encode(batch["y"])  # here and not in the workers, which have no GPU
             yield {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    except RuntimeError:
+    except (RuntimeError, OSError, EOFError):
         time.sleep(1)  # of a killed worker, its broken connection is seen first; now torch's handler names it
         raise

@@ -1,11 +1,17 @@
 """The processes that prepare batches end with the run."""
 
+import multiprocessing.connection
+import multiprocessing.reduction
 import os
 import signal
 import subprocess
 import sys
 
+import pytest
+import torch
 from helpers import ROOT
+
+from runtime.loader import BatchNumbers, training_batches
 
 HANGS = """
 import os, sys, time, torch
@@ -52,3 +58,32 @@ def test_a_worker_that_hangs_in_a_read_does_not_outlive_the_run_nor_keep_it_from
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+class KilledAsItSends:
+    """The worker is killed, as for want of memory, while the batch is on its way: in `owner.function`."""
+
+    labels, in_memory = [0] * 8, False
+
+    def __init__(self, owner, function):
+        self.owner, self.function = owner, function
+
+    def __len__(self):
+        return 8
+
+    def picture(self, i, rng):
+        setattr(self.owner, self.function, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function"),
+    [(multiprocessing.connection.Connection, "recv"), (multiprocessing.reduction, "send_handle")],
+    ids=["connection reset", "connection closed"],
+)
+def test_a_worker_killed_while_it_sends_is_named(owner, function):
+    """Catches: "Connection reset by peer" and an EOFError, which are seen before the death of the worker is."""
+    dataset = KilledAsItSends(owner, function)
+    batches = training_batches(dataset, BatchNumbers(0, 4, 2, 2), 0, 1.0, 1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        next(batches)
