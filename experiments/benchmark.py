@@ -163,8 +163,8 @@ def measure(config, prepare, batch, precision, compiled, device):
     return statistics.median(timings(function, device)), peak_memory(device)
 
 
-def lacking(config, passes, device):
-    """What to print in the place of a figure whose weights alone do not fit, or None.
+def check_memory(config, passes, device):
+    """UserError where the weights alone do not fit.
 
     Training (3 passes) holds them five times: with gradients, the optimizer's two averages, and EMA.
     """
@@ -172,7 +172,7 @@ def lacking(config, passes, device):
         need = 4 * sum(p.numel() for p in build_model(config).parameters()) * (5 if passes == 3 else 1)
     free = available_memory(device)
     if free is not None and need > free:
-        return f"not measured: its weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise UserError(f"its weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 guided = functools.partial(sampling, scale=3.5)
@@ -315,10 +315,12 @@ def main():
         rows = itertools.product(precisions, compilers, MODELS.get(figure, []))
         for precision, compiled, (name, config, batch, prepare, passes) in rows:
             what = f"{name}, batch {batch}, {precision} {'compiled' if compiled else 'eager'}"
-            if reason := lacking(config, passes, device):
-                print(f"{what:64} {reason}", flush=True)
+            try:
+                check_memory(config, passes, device)
+                seconds, peak = in_new_process(measure, config, prepare, batch, precision, compiled, device)
+            except UserError as error:
+                print(f"{what:64} not measured: {error}", flush=True)
                 continue
-            seconds, peak = in_new_process(measure, config, prepare, batch, precision, compiled, device)
             flops = passes * batch * forward_flops(config)
             shares = " ".join(f"{flops / seconds / rate:8.2f}" for rate in rates)
             speed = f"{seconds:8.3f} {flops / 1e9:8.1f} {flops / seconds / 1e9:8.1f}"

@@ -90,7 +90,18 @@ def test_what_does_not_fit_into_memory_is_said_and_left_out(monkeypatch, capsys)
     benchmark.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training step XXL/16 at 256")]
     assert len(rows) == 2 and all("not measured: its weights need 23.4 GB, 20.0 GB are free" in row for row in rows)
-    assert benchmark.lacking(TEXT_PRESETS["XXL"], 1, CPU) is None
+    benchmark.check_memory(TEXT_PRESETS["XXL"], 1, CPU)  # a forward pass fits
+
+
+def test_a_measurement_that_is_killed_is_said_and_the_others_follow(monkeypatch, capsys):
+    """As for want of memory, which is only known by trying. Catches: one large figure that takes the rest along."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "XXL-forward", "--compile", "off", "--device", "cpu"])
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype, device: 1e9)
+    new_process = benchmark.in_new_process
+    monkeypatch.setattr(benchmark, "in_new_process", lambda *_: new_process(os._exit, 9))
+    benchmark.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("forward XXL/16 at 512")]
+    assert len(rows) == 2 and all("not measured: the process for _exit died" in row for row in rows)
 
 
 def test_a_model_of_sentences_is_measured_like_one_of_classes():
