@@ -4,6 +4,7 @@ Both models are served, the class-conditional one and the text-to-image one. The
 and the field's blocks in one list, `blocks`: first the one, then the other.
 """
 
+import dataclasses
 import re
 
 import torch
@@ -28,11 +29,8 @@ RENAMED = {
     "decoder.norm": "final_layer.norm",
     "decoder.output": "final_layer.linear",
 }
-# What the released code does not let one choose, and the parameter shapes of a file do not show.
-FIXED = {
-    PixNerdConfig: {"prediction": "velocity", "decoder": "field", "encoding": "dct", "field_norm": "output"},
-    TextPixNerdConfig: {"num_freqs": 32, "field_ratio": 2},
-}
+# What the released code does not let one choose, besides all settings with `choices`: it has their default.
+FIXED = {PixNerdConfig: (), TextPixNerdConfig: ("num_freqs", "field_ratio")}
 
 
 def reference_names(config):
@@ -100,10 +98,12 @@ def _config(state_dict):
 
 
 def export_reference(model):
-    """The model's state dict under the released key names. ValueError for choices that the released code has not."""
+    """The model's state dict under the released key names. UserError for choices that the released code has not."""
     config = model.config
-    for name, released in FIXED[type(config)].items():
-        if getattr(config, name) != released:
-            raise ValueError(f"the released code knows only {name}={released!r}, not {getattr(config, name)!r}")
+    for field in dataclasses.fields(config):
+        own, fixed = getattr(config, field.name), field.metadata["choices"] or field.name in FIXED[type(config)]
+        # Of text encoders it has Qwen3 alone, be it downloaded or in a folder.
+        if fixed and own != field.default or field.name == "text_encoder" and own == "words":
+            raise UserError(f"the released code knows only {field.name}={field.default!r}, not {own!r}")
     own = model.state_dict()
     return {theirs: own[ours] for ours, theirs in reference_names(config).items()}

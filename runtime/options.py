@@ -70,13 +70,17 @@ NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0 an
 
 @dataclasses.dataclass
 class Option:
-    """One flag. type: one of the above, str, bool (a switch) or a list of choices. default: if no recipe has one."""
+    """One flag. type: one of the above, str, bool (a switch) or a list of choices. default: if no recipe has one.
+
+    before: what runs of before the flag were, where that is not its default.
+    """
 
     name: str
     type: object
     default: object
     help: str
     same_run: bool = False
+    before: object = None
 
     @property
     def key(self):
@@ -93,7 +97,7 @@ OPTIONS = [
     Option("cache-text", str, None, "folder for the features of each caption, so that each is encoded once"),
     Option("crop", list(CROPS), "adm", "how a picture is scaled; released: of the text-to-image model", same_run=True),
     Option("augment", bool, False, "random crop and flip in place of the centre crop", same_run=True),
-    Option("exif", ["respect", "ignore"], "respect", "whether a photograph's orientation turns it", same_run=True),
+    Option("exif", ["respect", "ignore"], "respect", "whether a photograph's orientation turns it", True, "ignore"),
     Option("accept-changed-data", bool, False, "resume although pictures were added, removed or renamed"),
     Option("workers", FROM_0, None, "loader processes per process (default: 0 for emoji, else up to 8)"),
     Option("batch-size", COUNT, 256, "images per step over all processes", same_run=True),
@@ -140,6 +144,8 @@ OPTIONS = [
     Option("mfu", ABOVE_0, MFU, "with --dry-run: share of its peak that training reaches"),
     Option("bandwidth", POSITIVE, None, "with --dry-run: GB/s from GPU to GPU (default: NVLink's)"),
 ]
+# What a run was whose checkpoint does not say, since it is older than the flag.
+BEFORE = {option.key: option.before or option.default for option in OPTIONS if option.same_run}
 # A flag without effect is a mistake: each of these needs another one.
 NEEDS = {"dino": "repa", "repa_projector": "repa", "eval_ref": "eval_every", "inception": "eval_ref"}
 NEEDS |= dict.fromkeys(("world_size", "gpu", "mfu", "bandwidth"), "dry_run")

@@ -14,11 +14,8 @@ import numpy as np
 
 from runtime.checkpoint import FORMAT, check_same, checked_config, load_checkpoint, load_weights, save_checkpoint
 from runtime.files import UserError, check_writable, lock_or_refuse, whole_file
+from runtime.options import BEFORE
 from runtime.some_classes import SomeClasses
-
-
-# Choices that runs saved before them did not have: what those runs were.
-ADDED_LATER = {"prediction": "velocity", "loss": "plain", "repa_projector": "mlp"}
 
 
 class RunFolder:
@@ -66,10 +63,10 @@ class RunFolder:
         if choice is None:
             return dataset
         path, state = self.checkpoint, self.state = found or (pathlib.Path(choice), load_checkpoint(choice, mmap))
-        checked_config(state, path)
+        config = dataclasses.asdict(checked_config(state, path))  # of fields that the file lacks, the defaults
         if "identity" not in state or "optimizers" not in state:
             raise UserError(f"{path} holds weights only, not a run: give it to --init, with another --out")
-        check_same(ADDED_LATER | state["identity"], identity, path)
+        check_same(BEFORE | config | state["identity"], identity, path)
         if state["fingerprint"] != self.fingerprint and not accept_changed_data:
             remedy = "restore them, or give --accept-changed-data"
             raise UserError(f"{path}: the pictures are not those of the run so far; {remedy}")

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from helpers import TINY, randomised
+from helpers import TINY, TINY_TEXT, complaint, randomised, run_state
 from model import PRESETS, PixNerd, PixNerdConfig
 from pretrained.released import export_reference, import_reference, reference_names
+from runtime.checkpoint import build_model, save_checkpoint
 from runtime.files import UserError
 
 
@@ -47,14 +48,39 @@ def test_every_weight_has_a_released_name_of_its_own(name):
     }
 
 
-@pytest.mark.parametrize(
-    "choice", [{"decoder": "linear"}, {"encoding": "sincos"}, {"field_norm": "first"}, {"prediction": "clean"}]
-)
-def test_what_the_released_code_does_not_know_is_not_exported(choice):
-    """Catches a file under released names that the released code would read as another model."""
-    ((name, value),) = choice.items()
-    with pytest.raises(ValueError, match=f"the released code knows only {name}=.*not '{value}'"):
-        export_reference(randomised(dataclasses.replace(TINY, **choice)))
+# Of both kinds, a model that the released code could have made, and another value of each numeric setting.
+EXPORTED = [
+    dataclasses.replace(TINY, resolution=64),
+    dataclasses.replace(TINY_TEXT, text_encoder="qwen3", resolution=256, field_ratio=2, num_freqs=32),
+]
+OTHER = {"num_heads": 4, "patch_size": 16}
+NOT_IN_THE_FILE = {"resolution"}  # for `sample.py --resolution` to say; the command line tells the user so
+FIELDS = [(config, field) for config in EXPORTED for field in dataclasses.fields(config)]
+
+
+@pytest.mark.parametrize("config, field", FIELDS, ids=lambda part: getattr(part, "name", type(part).__name__))
+def test_a_setting_is_read_back_from_an_exported_file_or_it_is_not_exported(config, field):
+    """Every field of both configurations. Catches a file that the released code would read as another model."""
+    default = getattr(config, field.name)
+    values = field.metadata["choices"] or (["words"] if field.type is str else [OTHER.get(field.name, 2 * default)])
+    for value in values:
+        other = dataclasses.replace(config, **{field.name: value})
+        try:
+            read, _ = import_reference(export_reference(build_model(other)))
+        except UserError as error:
+            assert str(error) == f"the released code knows only {field.name}={field.default!r}, not {value!r}"
+            assert value != default and value != field.default
+        else:
+            assert field.name in NOT_IN_THE_FILE or getattr(read, field.name) == value
+
+
+def test_export_refuses_in_one_line_what_the_released_code_does_not_know(tmp_path):
+    state = run_state(1) | {"config": dataclasses.asdict(dataclasses.replace(TINY, field_norm="none"))}
+    state["ema"] = build_model(dataclasses.replace(TINY, field_norm="none")).state_dict()
+    save_checkpoint(tmp_path / "run.pt", state)
+    export = ("runtime/checkpoint.py", "export", tmp_path / "run.pt", tmp_path / "out.pt", "--reference")
+    assert complaint(*export) == "checkpoint.py: the released code knows only field_norm='output', not 'none'"
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_missing_superfluous_and_foreign_weights_are_named(golden):

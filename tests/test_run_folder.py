@@ -1,5 +1,6 @@
 """A run's folder: one run at a time, the same run or none, no foreign files, and the newest checkpoint by two names."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -7,12 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import pytest
 from helpers import ROOT, assert_same_run, command, last, make_class_folder, refuses, run_state, train
 
-from runtime import previews
+from model import PixNerdConfig
+from runtime import previews, run_folder
 from runtime.checkpoint import load_checkpoint
-from runtime.run_folder import load_run, name_last, save_run
+from runtime.distributed import Processes
+from runtime.files import UserError
+from runtime.options import OPTIONS
+from runtime.run_folder import RunFolder, load_run, name_last, save_run
+from text_model import TextPixNerdConfig
 
 
 def test_a_second_process_on_the_same_folder_is_told_who_has_it(tmp_path):
@@ -56,6 +64,28 @@ def test_last_pt_is_the_newest_also_without_hard_links_and_with_the_clock_set_ba
     os.utime(tmp_path / "last.pt", (4e9, 4e9))
     name_last(tmp_path / "step-00000010.pt")
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 10
+
+
+def same_run_settings():
+    """(configuration, name, what runs of before the setting were) of every setting that makes another run."""
+    for kind in (PixNerdConfig, TextPixNerdConfig):
+        for field in dataclasses.fields(kind):
+            yield kind(), field.name, field.default
+    for option in OPTIONS:
+        if option.same_run:
+            yield PixNerdConfig(), option.key, "ignore" if option.key == "exif" else option.default
+
+
+@pytest.mark.parametrize("config, name, value", [*same_run_settings()])
+def test_a_run_of_before_a_setting_is_resumed_with_its_default_only(tmp_path, monkeypatch, config, name, value):
+    """Of every setting there is, so that a new one cannot be forgotten: a silent resume would train something else."""
+    saved = {key: value for key, value in dataclasses.asdict(config).items() if key != name or key == "text_width"}
+    state = run_state(1) | {"config": saved, "identity": {}, "optimizers": [], "fingerprint": "", "class_names": None}
+    monkeypatch.setattr(run_folder, "load_run", lambda *_: (tmp_path / "last.pt", state))
+    data, folder = SimpleNamespace(fingerprint="", classes=None), RunFolder(tmp_path, Processes())
+    assert folder.find({name: value}, data) is data
+    with pytest.raises(UserError, match=f"trained with {name}={value!r}, but this run asks for 'another'"):
+        folder.find({name: "another"}, data)
 
 
 def test_renamed_classes_are_refused_even_where_changed_data_are_accepted(tmp_path):
