@@ -15,7 +15,7 @@ from runtime.inside import DENSITIES
 from runtime.machine import freeze, pick_precision
 from runtime.models import find_model, weights_hash
 from runtime.prompts import open_encoder, title_of
-from runtime.sample_options import parse_args, suit
+from runtime.sample_options import flags_for
 from runtime.sampling_cost import check_memory, velocity_flops
 from samplers import SOLVERS, generate, image_noise, time_grid
 
@@ -90,9 +90,7 @@ def read(models, values, limit, film=False, inside=False):
     # "--flag=value" is one word, so that no value can be taken for a flag.
     words = [f"--{flag}={given[flag]}" for flag in (*flags, "resolution", "upscale")]
     words += ["--interval", str(given["low"]), str(given["high"])]
-    flags = parse_args(words, Parser)
-    suit(flags, config)
-    flags = vars(flags)
+    flags = flags_for(config, words, Parser)
     others = given["others"] if type(given["others"]) is list else [given["others"]]
     others = [one_of("others", other, list(SOLVERS)) for other in others if film]
     solvers = list(dict.fromkeys([flags["solver"][0], *others]))
@@ -153,9 +151,7 @@ def sizes_of(config):
 def controls_of(served):
     """What the controls show when a model is chosen: {control: properties}."""
     config, names = served.model.config, served.model.class_names or []
-    defaults = parse_args([f"--ckpt={served.name}", *(["--prompt=x"] if served.text else [])])
-    suit(defaults, config)
-    defaults = vars(defaults)
+    defaults = flags_for(config, [f"--ckpt={served.name}", *(["--prompt=x"] if served.text else [])])
     values = {name: defaults[name] for name in ("steps", "cfg", "shift", "temperature", "order")}
     values |= dict(zip(("low", "high"), defaults["interval"]))
     shown = {name: {"value": value} for name, value in values.items()} | sizes_of(config)

@@ -21,7 +21,7 @@ from runtime.checkpoint import build_model
 from runtime.files import UserError, check_writable, read_image, whole_file
 from runtime.machine import autocast, pick_device, pick_precision
 from runtime.optimizers import make_optimizers
-from runtime.options import class_names, flag, make_parser, parse_args
+from runtime.options import all_flags, class_names, flag, given_flags
 from runtime.run_folder import run_checkpoints
 from runtime.some_classes import SomeClasses
 
@@ -46,7 +46,7 @@ NOT_WITH = {"recipe": "the recipe", "init": "a new model", "text_encoder": "a mo
 def with_size_chosen(processes, argv=None):
     """The command line, by default this program's, with explicit flags in the place of --size auto. UserError."""
     argv = sys.argv[1:] if argv is None else argv
-    given = {name: value for name, value in vars(make_parser().parse_args(argv)).items() if value is not None}
+    given = given_flags(argv)
     if given.get("size") != "auto":
         return argv
     if processes.world > 1:
@@ -101,9 +101,9 @@ def _choose(given, index, N, num_classes, minutes):
         resolution = given.get("resolution", row.resolution)
         chosen = dict(resolution=resolution, patch_size=max(1, resolution // row.tokens), augment="crop" not in given)
         chosen |= dict(hidden_size=row.hidden_size, depth=row.depth, lr=row.lr, batch_size=batch)
-        asked = parse_args(_words(chosen | given))  # flags that contradict each other end here
-        config = dataclasses.replace(asked.config, num_classes=num_classes)
-        seconds = seconds_a_step(config, batch, asked.optimizer, asked.device, asked.precision)
+        flags = all_flags(_words(chosen | given))  # flags that contradict each other end here
+        config = dataclasses.replace(flags["config"], num_classes=num_classes)
+        seconds = seconds_a_step(config, batch, flags["optimizer"], flags["device"], flags["precision"])
         possible = TRAINING * 60 * minutes / seconds  # steps
         if possible * batch >= min(ENOUGH, OFTEN * N):
             break

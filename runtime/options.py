@@ -181,11 +181,20 @@ def make_parser():
     return parser
 
 
+def given_flags(argv):
+    """{name: value} of the flags that the command line `argv` gives, with no value for what is left out."""
+    return {name: value for name, value in vars(make_parser().parse_args(argv)).items() if value is not None}
+
+
+def all_flags(argv):
+    """{name: value} of every flag, given or not, and "config", the configuration of the model."""
+    return vars(parse_args(argv))
+
+
 def parse_args(argv=None):
     """The command line of train.py, every flag with its value; args.config is the configuration of the model."""
-    parser = make_parser()
+    parser, given = make_parser(), given_flags(argv)
     args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value is not None}
     text = args.size == "XXL" or "text_encoder" in given or "text" in (args.recipe or "")
     if args.size is None:
         fitting = [key for key, recipe in DEFAULTS.items() if recipe == args.recipe]

@@ -77,6 +77,13 @@ def parse_args(argv=None, parser=argparse.ArgumentParser):
     return args
 
 
+def flags_for(config, words, parser=argparse.ArgumentParser):
+    """{name: value} of every flag of the command line `words`, as suits a model of `config`. UserError."""
+    args = parse_args(words, parser)
+    suit(args, config)
+    return vars(args)
+
+
 def solvers(text):
     """--solver: names with commas between."""
     if not set(text.split(",")) <= set(SOLVERS):

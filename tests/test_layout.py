@@ -131,20 +131,59 @@ def test_no_test_imports_a_test():
 
 
 def test_functions_take_what_they_need_and_not_all_flags():
-    """No Namespace below a main(): the rooms of the flags are the only ones to be handed them all."""
+    """No Namespace below a main(): the rooms of the flags are the only ones to be handed them all.
+
+    It is made by a call of parse_args, so only a main() may call that; and there the variable that holds it, under
+    whatever name, is only asked for its attributes or given to those rooms.
+    """
+    for path, tree in TREES.items():
+        if path not in OPTIONS:
+            assert not list(leaks(tree)), path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def read(words):\n    flags = parse_args(words)",
+        "def main():\n    asked = parse_args()\n    draw(asked)",
+        "def main():\n    a, b = parser.parse_args(), 1\n    draw(b, how=[a])",
+        "def main():\n    args = parse_args()\n    draw(vars(args))\n\ndef draw(options):\n    return vars(options)",
+        "def draw(options: argparse.Namespace):\n    pass",
+    ],
+)
+def test_flags_that_leak_are_found_under_any_name(text):
+    assert list(leaks(ast.parse(text)))
+
+
+def leaks(tree):
+    """The lines at which a Namespace is made outside of a main(), or leaves it."""
     of_options = {node.name for path in OPTIONS for node in TREES[path].body if isinstance(node, ast.FunctionDef)}
-    for path, function in functions():
-        if path in OPTIONS:
-            continue
-        where = f"{path}: {function.name}"
-        parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        assert "args" not in {parameter.arg for parameter in parameters}, where
-        for node in ast.walk(function):
-            assert "Namespace" not in (getattr(node, "attr", None), getattr(node, "id", None)), where
-            if isinstance(node, ast.Call) and any(
-                isinstance(given, ast.Name) and given.id == "args" for given in node.args
-            ):
-                assert ast.unparse(node.func) in {"vars", "getattr", "setattr"} | of_options, where
+    mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in ("main", "parse_args")]
+    inside = {id(node) for main in mains for node in ast.walk(main)}
+    for node in ast.walk(tree):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if called.endswith("parse_args") or called == "vars":
+            if id(node) not in inside:
+                yield node.lineno
+        if "Namespace" in (getattr(node, "attr", None), getattr(node, "id", None)):
+            yield node.lineno
+    for main in mains:
+        holders, allowed = set(), set()
+        for node in ast.walk(main):
+            if isinstance(node, ast.Assign) and "parse_args(" in ast.unparse(node.value):
+                (target,) = node.targets
+                parts = zip(target.elts, node.value.elts) if isinstance(target, ast.Tuple) else [(target, node.value)]
+                holders |= {ast.unparse(to) for to, value in parts if "parse_args(" in ast.unparse(value)}
+            if isinstance(node, ast.Attribute):
+                allowed.add(id(node.value))
+            if isinstance(node, ast.Return) and main.name == "parse_args":
+                allowed.add(id(node.value))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"vars", "getattr", "setattr"} | of_options:
+                allowed |= {id(given) for given in node.args}
+        for node in ast.walk(main):
+            if isinstance(node, ast.Name) and node.id in holders and isinstance(node.ctx, ast.Load):
+                if id(node) not in allowed:
+                    yield node.lineno
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
