@@ -27,7 +27,8 @@ EMOJI_CLASSES = ["smileys", "people", "animals", "food", "travel", "activities",
 
 # ---- random numbers --------------------------------------------------------------------------------------------------
 
-# Every random number of the project comes from one of these streams, so that no two uses share a number.
+# Where the random numbers of training and sampling come from: no two uses share one. Others: initial weights,
+# by torch's own seed, the fixed shuffles of eval_fid.py, and the released demo's noise (runtime/prompts.py).
 STREAMS = {
     "order": 1,  # of an epoch's pictures: seed, epoch
     "sample": 2,  # time, label drop, augmentation and noise of a training sample: seed, number of the sample

@@ -209,7 +209,7 @@ def main():
     folder = RunFolder(args.out, processes, args.keep)
     dataset = folder.find(identity(args, config), dataset, args.accept_changed_data, mmap=device.type != "cpu")
 
-    torch.manual_seed(args.seed)  # for the initial weights; all other random numbers come from named streams
+    torch.manual_seed(args.seed)  # for the initial weights; those of the samples come from named streams (data.py)
     model = build_model(config)
     if args.init and folder.checkpoint is None:
         processes.say(start_from(model, model_file(args.init, "--init"), dataset.classes))
