@@ -14,16 +14,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_same_run, command, last, randomised, refuses, run_script, start, train
+from helpers import TINY, assert_same_run, command, last, noise_picture, randomised, refuses, run_script, start, train
 from PIL import Image
 
-import sample
 from data import TrainingSamples, from_uint8, open_dataset
+from experiments.plot import read_run
 from flow import alignment_loss, flow_matching_loss, interpolate, sample_time
-from model import PixNerd
+from model import Block, PixNerd
+from neural_field import NeuralField
 from pretrained.inception import InceptionV3
-from runtime import previews
-from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime import previews, recompute
+from runtime.checkpoint import build_model, checked_config, load_checkpoint, save_checkpoint
 from runtime.frequencies import by_frequency
 from runtime.log import Log
 from train import ConvProjector, Student, learning_rate, training_loss, update
@@ -217,34 +218,100 @@ def test_one_batch_is_overfitted():
         ["--field-depth", "3"],
         ["--field-ratio", "3"],
         ["--depth", "3"],
-        ["--recompute", "all"],
         ["--augment"],
     ],
     ids="=".join,
 )
-def test_each_of_the_papers_choices_trains_and_samples(tmp_path, monkeypatch, choice):
-    out = tmp_path / "run"
-    status, _, stderr = train(out, "--steps", 2, *choice)
-    assert status == 0, stderr
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "sample.py",
-            "--ckpt",
-            str(out / "last.pt"),
-            "--class",
-            "flags",
-            "--num",
-            "1",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / "x.png"),
-        ],
+def test_each_of_the_papers_choices_trains_another_model_and_samples_it(tmp_path, choice):
+    """Compared with the run without it, from the same seed. Catches: a flag that is read and then forgotten."""
+    drawn, states, flags = [], [], ("--steps", 2, "--lr", "0.1")
+    for out, more in ((tmp_path / "run", choice), (tmp_path / "plain", [])):
+        assert train(out, *flags, *more)[0] == 0
+        how = ("--class", "flags", "--num", 1, "--steps", 2, "--out", out / "x.png", "--device", "cpu")
+        status, _, stderr = run_script("sample.py", "--ckpt", out / "last.pt", *how)
+        assert status == 0, stderr
+        drawn.append(np.asarray(Image.open(out / "x.png")))
+        states.append(last(out)["model"])
+    assert drawn[0].shape == drawn[1].shape == (36, 36, 3) and not np.array_equal(*drawn)
+    assert not same_weights(*states)
+
+
+def same_weights(one, other):
+    """Whether two state dicts have the same names and, to the bit, the same numbers."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_recompute_keeps_the_loss_and_is_done(tmp_path, monkeypatch):
+    """Field and blocks of both steps pass through activation checkpointing. Catches a flag that changes nothing."""
+    asked, flags = [], ("--steps", 2, "--log-every", 1)
+    assert train(tmp_path / "plain", *flags)[0] == 0
+    plain = recompute.checkpoint
+    monkeypatch.setattr(recompute, "checkpoint", lambda part, *a, **k: asked.append(type(part)) or plain(part, *a, **k))
+    assert train(tmp_path / "run", *flags, "--recompute", "all")[0] == 0
+    assert asked.count(Block) == 2 * 2 and NeuralField in asked
+    losses = [[line["loss"] for line in read_run(tmp_path / out)] for out in ("run", "plain")]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_clip_limits_what_a_step_changes(tmp_path):
+    """A gradient of length 1e-12 is far below Adam's epsilon of 1e-8, so that the weights stay as they were."""
+    torch.manual_seed(0)
+    moved = {}
+    for clip in (0, 1e-12):
+        assert train(tmp_path / f"{clip}", "--steps", 1, "--clip", clip)[0] == 0
+        state = last(tmp_path / f"{clip}")
+        torch.manual_seed(0)  # the default of --seed
+        first = build_model(checked_config(state, "")).state_dict()
+        moved[clip] = max((value - first[key]).abs().max() for key, value in state["model"].items())
+    assert moved[0] > 1e-3 and moved[1e-12] < 1e-6
+
+
+def test_beta2_is_the_share_of_the_old_average_of_squares(tmp_path):
+    """After one step, that average is (1 - beta2) g^2, with the same gradient g."""
+    squares = []
+    for beta2 in ("0.75", "0.5"):
+        assert train(tmp_path / beta2, "--steps", 1, "--beta2", beta2)[0] == 0
+        (optimizer,) = last(tmp_path / beta2)["optimizers"]
+        squares.append({index: moments["exp_avg_sq"] for index, moments in optimizer["state"].items()})
+    assert max(value.max() for value in squares[0].values()) > 0
+    for index, value in squares[0].items():
+        torch.testing.assert_close(2 * value, squares[1][index])
+
+
+def test_exif_decides_whether_photographs_are_trained_on_upright(tmp_path):
+    """Turned pictures that are to be respected train as the upright ones do, to the bit, and others do not."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # lies on its side
+    for folder in ("upright", "turned"):
+        (tmp_path / folder / "cat").mkdir(parents=True)
+    for i in range(4):
+        picture = noise_picture(32, 32, i)
+        picture.save(tmp_path / "upright" / "cat" / f"{i}.png")
+        sideways = picture.transpose(Image.Transpose.ROTATE_90)
+        sideways.save(tmp_path / "turned" / "cat" / f"{i}.png", exif=turned)
+    found = {}
+    for folder, exif in (("upright", "respect"), ("turned", "respect"), ("turned", "ignore")):
+        out = tmp_path / f"{folder}-{exif}"
+        assert train(out, "--steps", 2, "--data", tmp_path / folder, "--exif", exif, "--workers", 0)[0] == 0
+        found[folder, exif] = last(out)["model"]
+    assert same_weights(found["upright", "respect"], found["turned", "respect"])
+    assert not same_weights(found["upright", "respect"], found["turned", "ignore"])
+
+
+def test_repa_projector_is_three_linear_layers_or_a_convolution(tmp_path):
+    """And what is aligned trains another model. Shapes: from 32 numbers of a token to 128 of the emoji's teacher."""
+    flags, shapes, states = (
+        ("--steps", 2, "--repa", 0.5, "--repa-block", 1, "--dino", "emoji", "--patch-size", 8),
+        {},
+        [],
     )
-    sample.main()
-    assert Image.open(tmp_path / "x.png").size == (36, 36)
+    for projector in ("mlp", "conv"):
+        assert train(tmp_path / projector, *flags, "--repa-projector", projector)[0] == 0
+        state = last(tmp_path / projector)
+        shapes[projector] = [tuple(value.shape) for name, value in state["projector"].items() if "weight" in name]
+        states.append(state["model"])
+    assert shapes == {"mlp": [(32, 32), (32, 32), (128, 32)], "conv": [(128, 32, 3, 3)]}
+    assert not same_weights(*states)
 
 
 def test_the_average_keeps_no_graph(tmp_path, monkeypatch):
