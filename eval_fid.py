@@ -79,7 +79,7 @@ def trace_sqrt_product(cov1, cov2):
         return vectors[:, real] * values[real].sqrt()  # (D, rank)
 
     try:
-        return torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()  # ()
+        return torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
     except torch.linalg.LinAlgError as error:
         raise UserError("the decomposition of the covariance did not converge") from error
 
@@ -102,7 +102,7 @@ def inception_score(probs, split_size=IS_SPLIT):
             raise UserError("class probabilities must be >= 0 and sum to 1")
         marginal = p.mean(dim=0)  # (classes)
         # exp(mean_n KL(p_n || marginal)); xlogy makes 0 log 0 = 0
-        scores.append((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean().exp())  # ()
+        scores.append((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean().exp())
     return torch.stack(scores).mean().item()
 
 
@@ -161,7 +161,7 @@ class Statistics:
     """
 
     def __init__(self, dim, device="cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)  # ()
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(dim, dtype=torch.float64, device=device)  # (D)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # (D, D)
 

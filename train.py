@@ -97,17 +97,17 @@ def training_loss(student, teacher, batch, drop_label=0.1, repa=0.5, patch_size=
     flow_loss = flow_matching_loss(v, x, batch["noise"], per_image=True, weigh=weigh)  # (B)
     if teacher is None:
         return flow_loss.mean(), flow_loss, None
-    alignment = alignment_loss(tokens, teacher(batch["image"] / 255, patch_size), spatial)  # ()
+    alignment = alignment_loss(tokens, teacher(batch["image"] / 255, patch_size), spatial)
     return flow_loss.mean() + repa * alignment, flow_loss, alignment
 
 
 def update(student, ema, optimizers, gauges, step, lr, decay, clip=0.0):
     """From gradients to weights: one step of the optimizers and of the running average `ema`, in place."""
     parameters = list(student.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])  # ()
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if clip:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    broken = gauges.broken(step, norm)  # (): 1 from the first number on that is not finite, on any rank
+    broken = gauges.broken(step, norm)  # 1 from the first number on that is not finite, on any rank
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -56,7 +56,7 @@ def step_by_hand(model, x, y, t, noise, token):
     # Section 4.5: the same weights at more pixels; each new pixel takes the noisy colour of the nearest old one.
     colours = patches[:, token].view(1, 3, P, P).repeat_interleave(DENSER, 2).repeat_interleave(DENSER, 3)
     dense = model.decoder(colours.flatten(2).mT, s[token : token + 1], DENSER * P, DENSER * P)  # (1, 16*P*P, 3)
-    loss = flow_matching_loss(v, x, noise)  # ()
+    loss = flow_matching_loss(v, x, noise)
     clean = clean_from_velocity(v, x_t, t)  # (1, 3, H, W)
 
     def square(pixels, side):

@@ -128,7 +128,7 @@ def seconds_a_step(config, batch, optimizer, device, precision, count=2):
     t, y = torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)  # (B)
     for number in range(count + 1):
         with autocast(device, precision):
-            loss = flow_matching_loss(model(interpolate(x, noise, t), t, y), x, noise)  # ()
+            loss = flow_matching_loss(model(interpolate(x, noise, t), t, y), x, noise)
         loss.backward()
         for one in optimizers:
             one.step()
