@@ -213,8 +213,6 @@ def main():
     model = build_model(config)
     if args.init and folder.checkpoint is None:
         processes.say(start_from(model, model_file(args.init, "--init"), dataset.classes))
-    if encoder:
-        fit_encoder(model, encoder, args.init or "this run")
     teacher = None
     if args.repa:
         teacher = (EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
@@ -224,6 +222,8 @@ def main():
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(student, args.optimizer, args.lr, args.weight_decay, args.beta2)
     step = folder.restore(student, ema, optimizers, args.weight_decay)
+    for network in (model, ema) if encoder else ():  # of a resumed run, too: its folder may hold other weights by now
+        fit_encoder(network, encoder, folder.checkpoint or args.init or "this run")
     model.call = RECOMPUTE[args.recompute]
     if step < steps and will_compile(args.compile, device, processes.say):
         model.compile_blocks()

@@ -1,5 +1,6 @@
 """The project on the path, and the fixtures that several test files ask for by name."""
 
+import json
 import pathlib
 import sys
 import threading
@@ -54,6 +55,21 @@ def folder(tmp_path):
     from helpers import make_class_folder
 
     return make_class_folder(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory):
+    """The tiny Qwen3 of the golden file, as a folder such as people download."""
+    transformers = pytest.importorskip("transformers", reason="needs pip install -r requirements-text.txt")
+    folder = tmp_path_factory.mktemp("tiny-qwen3")
+    with np.load(ROOT / "tests" / "golden" / "t2i_text.npz") as archive:
+        for key in archive.files:
+            if key.startswith("file."):
+                (folder / key[5:]).write_text(str(archive[key]))
+        model = transformers.Qwen3Model(transformers.Qwen3Config(**json.loads(str(archive["config"]))))
+        model.load_state_dict({key[2:]: torch.from_numpy(archive[key]) for key in archive.files if key[:2] == "w."})
+    model.bfloat16().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -136,21 +136,6 @@ def test_another_encoder_than_a_models_own_is_refused_by_name():
 # ---- Qwen3 -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def qwen3_folder(tmp_path_factory):
-    """The tiny Qwen3 of the golden file, as a folder such as people download."""
-    transformers = pytest.importorskip("transformers", reason="needs pip install -r requirements-text.txt")
-    folder = tmp_path_factory.mktemp("tiny-qwen3")
-    with np.load(GOLDEN) as archive:
-        for key in archive.files:
-            if key.startswith("file."):
-                (folder / key[5:]).write_text(str(archive[key]))
-        model = transformers.Qwen3Model(transformers.Qwen3Config(**json.loads(str(archive["config"]))))
-        model.load_state_dict({key[2:]: torch.from_numpy(archive[key]) for key in archive.files if key[:2] == "w."})
-    model.bfloat16().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def text_file():
     with np.load(GOLDEN) as archive:

@@ -1,6 +1,7 @@
 """Training on captions: train.py with a text encoder, from the folder of pictures to the checkpoint."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,23 @@ def test_a_killed_run_resumes_to_the_bit_and_world_and_workers_change_nothing(tm
     run(tmp_path / "parts", captioned, "--steps", 2)
     assert_same_run(run(tmp_path / "parts", captioned, "--steps", 4), whole)
     assert_same_run(run(tmp_path / "workers", captioned, "--steps", 4, "--workers", 2), whole)
+
+
+def test_a_run_is_not_resumed_with_an_encoder_of_other_weights(tmp_path, captioned, qwen3_folder):
+    """Its name stays the same, so the features of the empty text have to tell."""
+    from transformers import Qwen3Model
+
+    folder = shutil.copytree(qwen3_folder, tmp_path / "encoder")
+    flags = ["--data", captioned, *TEXT, "--text-encoder", folder, "--text-width", 32]
+    assert train(tmp_path / "run", *flags, "--steps", 1)[0] == 0
+    assert train(tmp_path / "run", *flags, "--steps", 2)[0] == 0
+    other = Qwen3Model.from_pretrained(folder)
+    with torch.no_grad():
+        other.norm.weight.copy_(other.norm.weight.roll(1))
+    other.save_pretrained(folder)
+    line = refuses(tmp_path / "run", *flags, "--steps", 3)
+    assert f"{tmp_path / 'run' / 'step-00000002.pt'} was trained with other weights of qwen3-32x2" in line
+    assert last(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.slow
