@@ -1,11 +1,12 @@
 """Parts of a data set: some classes (`train.py --classes flags,food-fruit:4`), or all but some captions."""
 
 import difflib
+import pathlib
 
 import numpy as np
 
 from data import Pictures
-from runtime.files import UserError
+from runtime.files import UserError, decode
 
 
 class Part(Pictures):
@@ -63,11 +64,11 @@ class HeldOut(Part):
 
     def __init__(self, dataset, path):
         try:
-            with open(path, encoding="utf-8") as file:
-                unwanted = set(file.read().splitlines()) - {""}
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not in UTF-8"
-            raise UserError(f"--hold-out {path} cannot be read ({reason}): give a text file with one caption a line")
+            text = decode(pathlib.Path(path).read_bytes(), f"--hold-out {path}")
+        except OSError as error:
+            remedy = "give a text file with one caption a line"
+            raise UserError(f"--hold-out {path} cannot be read ({error.strerror}): {remedy}")
+        unwanted = {line.strip() for line in text.split("\n")} - {""}
         if unknown := unwanted - {label.strip() for label in dataset.labels}:
             raise UserError(f"--hold-out {path}: no picture has the caption {sorted(unknown)[0]!r}")
         self.kept = [i for i, label in enumerate(dataset.labels) if label.strip() not in unwanted]

@@ -116,6 +116,11 @@ def test_held_out_captions_are_not_trained_on(tmp_path):
     (tmp_path / "list.txt").write_text("green aple\n")
     with pytest.raises(UserError, match="list.txt: no picture has the caption 'green aple'"):
         HeldOut(emoji, tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_bytes("\ufeffgreen apple \r\nred apple\n".encode())  # of a Windows editor
+    assert len(HeldOut(emoji, tmp_path / "list.txt")) == len(emoji) - 2
+    (tmp_path / "list.txt").write_bytes("Äpfel".encode("latin-1"))
+    with pytest.raises(UserError, match="--hold-out .*list.txt is not a text in UTF-8"):
+        HeldOut(emoji, tmp_path / "list.txt")
     with pytest.raises(UserError, match="nowhere.txt cannot be read .No such file or directory.:"):
         HeldOut(emoji, tmp_path / "nowhere.txt")
     (tmp_path / "all.txt").write_text("\n".join(emoji.labels), encoding="utf-8")
@@ -157,8 +162,22 @@ def test_a_caption_that_is_not_utf_8_is_named(tmp_path):
     write(tmp_path, PAIRS)
     (tmp_path / "x.txt").write_bytes("Äpfel".encode("latin-1"))
     assert "x.txt is not a text in UTF-8" in refusal(tmp_path)
+    (tmp_path / "x.txt").write_bytes("apple".encode("utf-16-le"))  # whose bytes pass for UTF-8
+    assert "x.txt is not a text in UTF-8" in refusal(tmp_path)
     (tmp_path / "x.txt").write_bytes("\N{BYTE ORDER MARK}Äpfel".encode())
     assert "Äpfel" in index_captions(tmp_path).labels
+
+
+def test_a_table_that_is_not_utf_8_is_named(tmp_path):
+    write(tmp_path, {"y.png": None})
+    line = '{"file_name": "y.png", "text": "grüner Apfel"}\n'
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "metadata.jsonl").write_bytes(line.encode(encoding))
+        assert "metadata.jsonl is not a text in UTF-8: save it in that encoding" in refusal(tmp_path)
+    (tmp_path / "metadata.jsonl").write_bytes(f"  \n\ufeff{line}".encode("utf-8-sig").replace(b"\n", b"\r\n"))
+    assert "line 2, is not a JSON object" in refusal(tmp_path)  # a mark within the text is none
+    (tmp_path / "metadata.jsonl").write_bytes(f"  \n\t\n{line}".encode("utf-8-sig").replace(b"\n", b"\r\n"))
+    assert index_captions(tmp_path).labels == ["grüner Apfel"]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +185,8 @@ def test_a_caption_that_is_not_utf_8_is_named(tmp_path):
     [
         ("{", "line 2, is not a JSON object"),
         ("[1]", "line 2, is not a JSON object"),
+        pytest.param("[" * 100_000, "line 2, is not a JSON object", id="too deep for Python"),
+        ('{"file_name": "x.png", "text": "a\\u0000b"}', "line 2: the caption of picture x holds a zero character"),
         ('{"file_name": "x.png"}', "line 2, lacks file_name or text"),
         ('{"file_name": "x.png", "text": 3}', "line 2, lacks file_name or text"),
         ('{"file_name": "y.png", "text": "again"}', "picture y has a second caption here"),

@@ -10,7 +10,7 @@ picture_index  which pictures a folder or a tar holds, by class
 captions       which pictures it holds, each with its caption
 """
 
-from runtime.files.captions import index_captions
+from runtime.files.captions import decode, index_captions, json_lines
 from runtime.files.download import cached_download
 from runtime.files.errors import UserError, run
 from runtime.files.images import cut_long_sides, read_image, released_crop

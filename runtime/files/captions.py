@@ -98,14 +98,43 @@ def _refuse(source, names, what, lacks):
 
 
 def _add(captions, name, text, where):
-    """Notes the caption of the picture `name`; bytes must be UTF-8."""
+    """Notes the caption of the picture `name`."""
     stem = posixpath.splitext(name)[0]
     if stem in captions:
         raise UserError(f"{where}: picture {stem} has a second caption here: remove one of the two")
+    if "\0" in text:
+        raise UserError(f"{where}: the caption of picture {stem} holds a zero character: take it out")
+    captions[stem] = text
+
+
+def decode(content, where):
+    """The text of bytes in UTF-8, without the mark that Windows' editors set before it. UserError, which names where.
+
+    A zero is a sign of UTF-16, whose bytes can pass for UTF-8.
+    """
     try:
-        captions[stem] = text if isinstance(text, str) else text.decode("utf-8-sig")  # a mark of Windows' editors
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
         raise UserError(f"{where} is not a text in UTF-8: save it in that encoding")
+    return text
+
+
+def json_lines(content, where):
+    """(number from 1, line, its dict) of each line of a .jsonl, given as bytes; blank ones are left out. UserError.
+
+    Only \\n ends a line: JSON may hold the other characters that Python's splitlines breaks at.
+    """
+    for number, line in enumerate(decode(content, where).split("\n"), start=1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):  # the second of brackets in brackets, thousands deep
+                entry = None
+            if not isinstance(entry, dict):
+                raise UserError(f"{where}, line {number}, is not a JSON object")
+            yield number, line.removesuffix("\r"), entry
 
 
 def _read_folder(root, pictures, captions, stamps):
@@ -126,18 +155,14 @@ def _read_folder(root, pictures, captions, stamps):
 def _read_text(name, where, content, captions):
     """The captions of a .txt (one) or metadata.jsonl (one a line)."""
     if name.lower().endswith(".txt"):
-        _add(captions, name, content, where)
+        _add(captions, name, decode(content, where), where)
     else:
-        for number, line in enumerate(content.splitlines(), start=1):
-            try:
-                entry = json.loads(line or "{}")
-                file_name, text = entry.get("file_name"), entry.get("text")
-            except (ValueError, AttributeError):
-                raise UserError(f"{where}, line {number}, is not a JSON object")
-            if line.strip() and not (isinstance(file_name, str) and isinstance(text, str)):
+        for number, _, entry in json_lines(content, where):
+            file_name, text = entry.get("file_name"), entry.get("text")
+            if not (isinstance(file_name, str) and isinstance(text, str)):
                 raise UserError(f"{where}, line {number}, lacks file_name or text")
-            if line.strip():
-                _add(captions, posixpath.normpath(posixpath.join(posixpath.dirname(name), file_name)), text, where)
+            place = posixpath.normpath(posixpath.join(posixpath.dirname(name), file_name))
+            _add(captions, place, text, f"{where}, line {number}")
 
 
 def _read_tar(path, prefix, pictures, captions, stamps):
