@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -37,7 +38,7 @@ from experiments.world import Study, resized, training_and_held_out, write_split
 from model import PixNerd
 from pretrained.emoji_classifier import EmojiTeacher
 from runtime.distributed import Processes
-from runtime.files import UserError, run, whole_file
+from runtime.files import UserError, lock_or_wait, run, whole_file
 from runtime.flops import forward_flops
 from runtime.frequencies import LOSSES
 from runtime.gauges import Gauges
@@ -224,13 +225,24 @@ def code_version():
 
 
 class Runs:
-    """The finished runs, a JSON line each, in `folder`/runs.jsonl."""
+    """The finished runs, a JSON line each, in `folder`/runs.jsonl. Several processes may add to one file."""
 
     def __init__(self, folder=EVIDENCE):
         self.path = pathlib.Path(folder) / "runs.jsonl"
-        self.records = []
-        if self.path.exists():
-            self.records = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def records(self):
+        """All of them, as the file has them now; blank lines are skipped. UserError at a damaged line."""
+        found = []
+        for number, line in enumerate(self.path.read_bytes().splitlines() if self.path.exists() else [], start=1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                    record["row"], record["seed"], record["study"]
+                except (ValueError, TypeError, KeyError):
+                    raise UserError(f"{self.path}:{number}: not the line of a run: remove it, and the run is repeated")
+                found.append(record)
+        return found
 
     def find(self, name, seed, study):
         """The record of a finished run, or None."""
@@ -241,12 +253,18 @@ class Runs:
         return [record for record in self.records if record["study"] == dataclasses.asdict(study)]
 
     def add(self, record):
-        """Appends it to the file, which is replaced whole."""
-        self.records.append(record)
+        """Appends it, unless another process has finished the same run meanwhile."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path) as temporary:
-            lines = "".join(json.dumps(record) + "\n" for record in self.records)
-            pathlib.Path(temporary).write_text(lines, encoding="utf-8")
+        with open(self.path, "ab+") as file:
+            lock_or_wait(file)
+            if not any(all(have[key] == record[key] for key in ("row", "seed", "study")) for have in self.records):
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                start = (
+                    "" if file.read() in (b"", b"\n") else "\n"
+                )  # lines that were appended by hand may lack the last
+                file.write(f"{start}{json.dumps(record)}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def rounded(value):

@@ -89,6 +89,11 @@ def strip_file(name):
     return f"{name.replace(', ', '-').replace(' ', '-')}.png"
 
 
+def plot_file(key):
+    """The name of the file with a claim's plot, which no strip has: a row may be called as its claim is."""
+    return f"plot-{key}.png"
+
+
 def anchor(heading):
     """The anchor that GitHub makes of a heading."""
     return "".join(c for c in heading.lower() if c.isalnum() or c in "-_ ").replace(" ", "-")
@@ -232,8 +237,8 @@ def claim_lines(key, claim, records, folder, real_border):
         base = next((name for name in claim.others if name.endswith("euler 50")), None)
         lines += drawing_table(claim.others or claim.rows(), records, real_border, base)
         lines += recommendation(claim.rows(), records, base) if base else []
-    if (folder / f"{key}.png").exists():
-        lines += [f"![Plot of {key}](evidence/{key}.png)", ""]
+    if (folder / plot_file(key)).exists():
+        lines += [f"![Plot of {key}](evidence/{plot_file(key)})", ""]
     return lines
 
 
@@ -303,8 +308,8 @@ python -m experiments.ablations --all
         + [""]
     )
     lines += summary(claims, records)
-    if (folder / "claims.png").exists():
-        lines += ["![Held-out loss of each row against its base](evidence/claims.png)", ""]
+    if (folder / plot_file("claims")).exists():
+        lines += [f"![Held-out loss of each row against its base](evidence/{plot_file('claims')})", ""]
     lines += how_measured(records, study, real_border)
     rows = dict.fromkeys(name for claim in claims.values() for name in claim.rows())
     if trained := [name for name in rows if "loss" in next(iter(by_seed(records, name).values()), {})]:

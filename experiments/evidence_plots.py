@@ -3,7 +3,7 @@
 import itertools
 import statistics
 
-from experiments.evidence import COUNTS, by_seed, difference, finding, has_run, mean_and_error, verdict
+from experiments.evidence import COUNTS, by_seed, difference, finding, has_run, mean_and_error, plot_file, verdict
 from runtime.files import UserError, whole_file
 
 
@@ -108,10 +108,10 @@ def plot_claims(claims, records, path):
 
 
 def write_plots(claims, records, folder):
-    """Writes folder/claims.png, and KEY.png of the claims that have run. UserError without matplotlib."""
+    """Writes plot-claims.png, and plot-KEY.png of each claim that has run. UserError without matplotlib."""
     done = {key: claim for key, claim in claims.items() if has_run(claim, records)}
     if any(claim.measure == "loss" for claim in done.values()):
-        plot_claims(claims, records, folder / "claims.png")
+        plot_claims(claims, records, folder / plot_file("claims"))
     for key, claim in done.items():
         if plot := {"loss": plot_training, "error": plot_solvers}.get(claim.measure):
-            plot(claim, records, folder / f"{key}.png")
+            plot(claim, records, folder / plot_file(key))

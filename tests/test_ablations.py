@@ -1,5 +1,6 @@
 """The study of the paper's claims: its pairs, its arithmetic, what it does not repeat, and the page in docs/."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -14,6 +15,7 @@ from experiments import ablations, claims, evidence, evidence_plots, measures, w
 from flow import sample_time
 from model import PixNerd
 from neural_field import dct_encoding
+from runtime.files import UserError
 from runtime.flops import forward_flops
 
 CONFIG = dataclasses.replace(TINY, num_classes=9, resolution=32, patch_size=8)
@@ -234,6 +236,46 @@ def test_lines_of_two_machines_are_joined_by_appending_them_in_any_order(tmp_pat
     assert pages[0] == pages[1]
 
 
+def test_two_processes_that_write_at_once_lose_no_line(tmp_path):
+    """Each knows the file as it was before the other's. Catches a file that is replaced by what one of them has read."""
+    processes = [ablations.Runs(tmp_path) for _ in range(4)]
+    assert [runs.records for runs in processes] == [[]] * 4
+
+    def finish(seed):
+        for row in ("field", "linear", "sincos"):
+            processes[seed].add(a_record(row, seed, 0.1))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(finish, range(4)))
+    stored = {(line["row"], line["seed"]) for line in processes[0].records}
+    assert stored == set(itertools.product(("field", "linear", "sincos"), range(4)))
+
+
+def test_a_run_that_two_processes_finish_is_kept_once(tmp_path):
+    for loss in (0.1, 0.2):
+        ablations.Runs(tmp_path).add(a_record("field", 0, loss))
+    (record,) = ablations.Runs(tmp_path).records
+    assert record["loss"] == 0.1
+
+
+def test_lines_appended_by_hand_may_leave_blank_ones_and_lack_the_last_end(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text("\n" + json.dumps(a_record("field", 0, 0.1)) + "\n  \n" + json.dumps(a_record("field", 1, 0.2)))
+    ablations.Runs(tmp_path).add(a_record("linear", 0, 0.3))
+    assert [line["loss"] for line in ablations.Runs(tmp_path).records] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("damaged", ['{"row": "field", "se', "12", '{"row": "field"}', "\xff"])
+def test_a_damaged_line_is_named_by_its_file_and_number(damaged, tmp_path):
+    folder = tmp_path / "evidence"
+    ablations.Runs(folder).add(a_record("field", 0, 0.1))
+    with open(folder / "runs.jsonl", "a", encoding="latin-1") as file:
+        file.write(f"\n{damaged}\n")
+    told = "runs.jsonl:3: not the line of a run: remove it, and the run is repeated"
+    with pytest.raises(UserError, match=told):
+        ablations.Runs(folder).find("linear", 0, STUDY)
+
+
 def test_every_row_makes_a_model_and_field_and_linear_cost_the_same():
     configs = {name: ablations.config_of(name, world.Study()) for name in claims.ROWS}
     for pair in (("field", "linear"), ("field, patches of 16", "linear, patches of 16")):
@@ -437,6 +479,13 @@ def test_mistakes_get_one_line(tmp_path):
     assert "--seeds -1: seeds are 0 or more" in complaint("experiments/ablations.py", "--list", "--seeds", "-1")
 
 
+def test_no_two_pictures_of_the_page_have_one_name():
+    """Also where a file system ignores case. Catches the plot of the claim repa that replaced the samples of its row."""
+    files = [evidence.strip_file(name) for name in (*claims.ROWS, *claims.DRAWN)]
+    files += [evidence.plot_file(key) for key in (*claims.CLAIMS, "claims")]
+    assert len({file.lower() for file in files}) == len(files)
+
+
 def test_plots_are_drawn_from_the_stored_runs(tmp_path):
     pytest.importorskip("matplotlib", reason="requirements-plots.txt is not installed")
     records = [a_record(row, seed, 0.1 + seed) for row in ("field", "linear") for seed in range(3)]
@@ -447,5 +496,5 @@ def test_plots_are_drawn_from_the_stored_runs(tmp_path):
     evidence_plots.write_plots(claims.CLAIMS, records, tmp_path / "evidence")
     evidence.write_page(claims.CLAIMS, records, STUDY, [], tmp_path, 1.0)
     for name in ("claims", "decoder", "solvers"):
-        assert (tmp_path / "evidence" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"evidence/{name}.png" in (tmp_path / "evidence.md").read_text()
+        assert (tmp_path / "evidence" / f"plot-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"evidence/plot-{name}.png" in (tmp_path / "evidence.md").read_text()
