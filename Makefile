@@ -34,7 +34,7 @@ test-all: .venv/ready-for-all
 	$(RUN) -m pytest -q -rs tests
 
 test-gpu: .venv/ready
-	$(RUN) -m pytest -q -rs -m gpu tests/test_gpu.py
+	$(RUN) -m pytest -q -rs -m gpu --durations=10 tests
 
 # Each marker is written last, so a broken installation is not taken for a finished one.
 .venv/ready: requirements.txt

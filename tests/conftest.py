@@ -1,9 +1,10 @@
-"""The project on the path, and the fixtures that several test files ask for by name."""
+"""The project on the path, the fixtures that several test files ask for by name, and the table of `make test-gpu`."""
 
 import json
 import pathlib
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -22,13 +23,57 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA GPU, where `make test-gpu` runs it")
 
 
+START, ROWS = pytest.StashKey(), pytest.StashKey()  # seconds on the clock, and rows of the table
+
+
+def pytest_configure(config):
+    config.stash[START], config.stash[ROWS] = time.perf_counter(), []
+
+
+@pytest.fixture
+def report(request):
+    """report(what, measured, beside it): a row of the table that is printed at the end."""
+    return lambda *row: request.config.stash[ROWS].append(row)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table for docs/gpus.md, if a test on a GPU had something to report: also when others failed."""
+    if not config.stash[ROWS]:
+        return
+    card, seconds = torch.cuda.get_device_properties(0), time.perf_counter() - config.stash[START]
+    versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    ended = {kind: terminalreporter.stats.get(kind, []) for kind in ("passed", "failed", "error", "skipped")}
+    counts = [", ".join(f"{len(some)} {kind}" for kind, some in ended.items() if some)]
+    of_golden = {kind: [test for test in some if "test_gpu.py" not in test.nodeid] for kind, some in ended.items()}
+    counts.append(", ".join(f"{len(some)} {kind}" for kind, some in of_golden.items() if some) or "not run")
+    lines = [f"{card.name}, {card.total_memory / 1e9:.1f} GB; {versions}, NCCL {nccl}", ""]
+    lines += ["| what | measured | beside it |", "|---|---|---|"]
+    lines += [f"| {what} | {measured} | {beside} |" for what, measured, beside in config.stash[ROWS]]
+    lines += [f"| golden numbers, float32 without TF32 | {counts[1]} | tolerances of tests/golden/README.md |"]
+    lines += [f"| all of `make test-gpu` | {counts[0]}, {seconds:.0f} s | planned: at most 600 s |"]
+    terminalreporter.write("\n" + "\n".join(lines) + "\n")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where golden numbers are computed: the CPU and, with `make test-gpu`, a GPU in float32 without TF32."""
+    from runtime.machine import full_float32, pick_device
+
+    device = pick_device(request.param)
+    with full_float32():
+        yield device
+
+
 @pytest.fixture
 def golden():
     """golden("c2i_square")["v"] is a tensor of that file of tests/golden; its README says what each one holds."""
 
-    def read(name):
+    def read(name, device="cpu"):
         with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as archive:
-            return {key: torch.from_numpy(archive[key]) for key in archive.files if archive[key].dtype.kind in "fiu"}
+            arrays = {key: archive[key] for key in archive.files}
+        kept = {key: array for key, array in arrays.items() if array.dtype.kind in "fiu"}
+        return {key: torch.from_numpy(array).to(device) for key, array in kept.items()}
 
     return read
 
@@ -39,12 +84,12 @@ def golden_model(golden):
     from model import PixNerd
     from pretrained.released import import_reference
 
-    def build(name):
+    def build(name, device="cpu"):
         file = golden(name)
         config, state_dict = import_reference({key[2:]: value for key, value in file.items() if key.startswith("w.")})
         model = PixNerd(config)
         model.load_state_dict(state_dict)
-        return model.eval(), file
+        return model.eval().to(device), {key: value.to(device) for key, value in file.items()}
 
     return build
 

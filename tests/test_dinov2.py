@@ -44,10 +44,10 @@ def random_model(**changes):
 
 
 @pytest.mark.parametrize("shape", ["", "_wide"])
-def test_tokens_equal_the_reference_implementation(shape):
+def test_tokens_equal_the_reference_implementation(shape, device):
     """Catches: any wrong constant (mean, eps, 0.1), antialiasing, tanh GELU, rows and columns exchanged."""
-    tokens = golden_model()(GOLDEN["raw" + shape])
-    torch.testing.assert_close(tokens, GOLDEN["tokens" + shape], atol=1e-5, rtol=0)
+    tokens = golden_model().to(device)(GOLDEN["raw" + shape].to(device))
+    torch.testing.assert_close(tokens.cpu(), GOLDEN["tokens" + shape], atol=1e-5, rtol=0)
 
 
 def test_256_pixels_become_224_and_give_the_students_16_by_16_tokens():

@@ -58,11 +58,11 @@ def as_pictures(images, name="made here", **changes):
 # ---- the formulas ----------------------------------------------------------------------------------------------------
 
 
-def test_golden_numbers_of_the_adm_formulas():
-    reference, samples = torch.from_numpy(GOLDEN["ref"]), torch.from_numpy(GOLDEN["sample"])
+def test_golden_numbers_of_the_adm_formulas(device):
+    reference, samples, probs = (torch.from_numpy(GOLDEN[name]).to(device) for name in ("ref", "sample", "probs"))
     r, s = reference.double(), samples.double()
     assert frechet_distance(r.mean(0), r.T.cov(), s.mean(0), s.T.cov()) == pytest.approx(GOLDEN["fid"], rel=1e-9)
-    score = inception_score(torch.from_numpy(GOLDEN["probs"]), int(GOLDEN["is_split"]))
+    score = inception_score(probs, int(GOLDEN["is_split"]))
     assert score == pytest.approx(GOLDEN["inception_score"], rel=1e-9)
     assert precision_recall(reference, samples) == (GOLDEN["precision"], GOLDEN["recall"])
 

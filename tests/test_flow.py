@@ -139,10 +139,10 @@ def test_alignment_loss_is_one_minus_the_mean_cosine():
         flow.alignment_loss(student, teacher[:, :2])
 
 
-def test_loss_with_alignment_is_the_released_implementations(golden, golden_model):
+def test_loss_with_alignment_is_the_released_implementations(golden, golden_model, device):
     """The whole REPA objective on the golden model: flow loss + 0.5 * alignment of block 2 through the projector."""
-    model, _ = golden_model("c2i_square")
-    file = golden("repa_loss")
+    model, _ = golden_model("c2i_square", device)
+    file = golden("repa_loss", device)
     x, noise, t = file["x"], file["eps"], file["t"]
     v, tokens = model(flow.interpolate(x, noise, t), t, file["y"], features_at=int(file["align_layer"]))
     for i in (0, 2, 4):

@@ -73,9 +73,9 @@ def test_eq_6_linear_decoder_equals_a_loop_over_tokens_and_pixels():
 
 
 @pytest.mark.parametrize("name", ["c2i_square", "c2i_wide"])
-def test_velocity_and_gradients_are_the_released_implementations(golden_model, name):
+def test_velocity_and_gradients_are_the_released_implementations(golden_model, device, name):
     """The golden numbers pin every formula at once: order of AdaLN, rotary pairs, time frequencies, weight layout."""
-    model, file = golden_model(name)
+    model, file = golden_model(name, device)
     v = model(file["x"], file["t"], file["y"])
     assert (v - file["v"]).abs().max() < 1e-5 * file["v"].abs().max()
     (v * file["cotangent"]).sum().backward()

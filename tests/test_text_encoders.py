@@ -21,6 +21,7 @@ GOLDEN = ROOT / "tests" / "golden" / "t2i_text.npz"
 
 def error(got, expected):
     """norm(got - expected) / norm(expected), in which the tolerances of the golden files are given."""
+    got = got.cpu()
     assert got.shape == expected.shape
     return ((got - expected).norm() / expected.norm()).item()
 
@@ -143,9 +144,9 @@ def text_file():
         return file | {"texts": [str(text) for text in archive["texts"]]}
 
 
-def test_qwen3_gives_the_released_encoders_features(qwen3_folder, text_file):
+def test_qwen3_gives_the_released_encoders_features(qwen3_folder, text_file, device):
     """Tokens, padding, final norm; and of the empty text those without a mask, alone and among others."""
-    encoder = load_text_encoder(str(qwen3_folder), length=10)
+    encoder = load_text_encoder(str(qwen3_folder), length=10, device=device)
     assert (encoder.name, encoder.width, encoder.length) == ("qwen3-32x2", 32, 10)
     tokens = encoder.tokenizer([*text_file["texts"], ""], padding="max_length", truncation=True, max_length=10)
     assert tokens["input_ids"] == text_file["ids"].tolist() and tokens["attention_mask"] == text_file["mask"].tolist()
@@ -158,22 +159,22 @@ def test_qwen3_gives_the_released_encoders_features(qwen3_folder, text_file):
 
 
 @pytest.mark.parametrize("width, name", [(40, "padded"), (26, "cut")])
-def test_qwen3_of_another_width_is_padded_or_cut_as_released(qwen3_folder, text_file, width, name):
-    encoder = load_text_encoder(str(qwen3_folder), width, 10)
+def test_qwen3_of_another_width_is_padded_or_cut_as_released(qwen3_folder, text_file, width, name, device):
+    encoder = load_text_encoder(str(qwen3_folder), width, 10, device)
     assert encoder.width == width
     assert error(encoder.encode(text_file["texts"]), text_file[f"cond_bf16_{name}"]) < 2e-2
     assert error(encoder.null.expand(3, -1, -1), text_file[f"null_bf16_{name}"]) < 2e-2
 
 
-def test_velocities_from_the_golden_features_are_the_released_implementations(golden, text_file):
+def test_velocities_from_the_golden_features_are_the_released_implementations(golden, text_file, device):
     """From the encoder's numbers to the denoiser's."""
     file = golden("t2i_plain")
     config, weights = import_reference({key[2:]: value for key, value in file.items() if key.startswith("w.")})
     model = TextPixNerd(config)
     model.load_state_dict(weights)
-    x, t = file["x"][:1], file["t"][:1]
+    model, x, t = model.to(device), file["x"][:1].to(device), file["t"][:1].to(device)
     for kind, rows in (("cond", 3), ("null", 1)):
-        y = text_file[f"{kind}_bf16_padded"][:rows]
+        y = text_file[f"{kind}_bf16_padded"][:rows].to(device)
         v = model(x.expand(rows, -1, -1, -1), t.expand(rows), y)
         assert error(v, text_file[f"v_{kind}"]) < 1e-5, kind
 

@@ -69,6 +69,13 @@ def released(golden):
     return model.eval(), file
 
 
+@pytest.fixture
+def placed(released, device):
+    """The same on the CPU and on a GPU, for what is computed with it."""
+    model, file = released
+    return model.to(device), {key: value.to(device) for key, value in file.items()}
+
+
 def assert_golden_gradients(model, file):
     """Of every parameter for which the file has one: whole, or its norm where it is large."""
     checked = 0
@@ -105,8 +112,8 @@ def test_nano_fits_the_repository():
         assert 2 * sum(p.numel() for p in TextPixNerd(PRESETS["Nano"]).parameters()) < 11.5e6
 
 
-def test_velocity_and_gradients_are_the_released_implementations(released):
-    model, file = released
+def test_velocity_and_gradients_are_the_released_implementations(placed):
+    model, file = placed
     v = model(file["x"], file["t"], file["y"])
     assert error(v, file["v"]) < 1e-5
     wide = model(file["x_wide"], file["t"][:1], file["y"][:1])  # one row of four: the row itself has no length
@@ -115,9 +122,9 @@ def test_velocity_and_gradients_are_the_released_implementations(released):
     assert assert_golden_gradients(model, file) == len(list(model.parameters()))
 
 
-def test_every_stage_is_the_released_implementations(released):
+def test_every_stage_is_the_released_implementations(placed):
     """Where a velocity is wrong, this test says from which stage on."""
-    model, file = released
+    model, file = placed
     seen = {}
 
     def keep(name, module, what="out"):
@@ -154,10 +161,10 @@ def test_every_stage_is_the_released_implementations(released):
         assert error(seen[name], file[f"i.{name}"]) < 1e-5, name
 
 
-def test_any_resolution_is_the_released_implementations(released, golden):
+def test_any_resolution_is_the_released_implementations(placed, golden, device):
     """Catches another resampling of what the trunk sees, and rotary places that follow the image's size."""
-    model, plain = released
-    file = golden("t2i_resolution")
+    model, plain = placed
+    file = golden("t2i_resolution", device)
     t, y = plain["t"][:1], plain["y"][:1]
     trunk = {}
     model.patch_embed.register_forward_pre_hook(lambda _, args: trunk.update(x=args[0]))
@@ -186,16 +193,16 @@ def test_encoding_of_the_released_training_code_ends_at_the_patchs_side(golden, 
 
 
 @pytest.mark.parametrize("name", ["adams2_25_shift3", "euler_20", "adams2_10_shift3_anyres"])
-def test_trajectories_are_the_released_implementations(released, golden, name):
+def test_trajectories_are_the_released_implementations(placed, golden, device, name):
     """Guidance 4 from the second step on: the first, at t = 0, is not guided, which `x_1` shows."""
-    model, _ = released
-    file = golden("t2i_samplers")
+    model, _ = placed
+    file = golden("t2i_samplers", device)
     solver, steps, *rest = name.split("_")
     steps, rows = int(steps), 1 if "anyres" in rest else 2
     noise, options = (file["noise_anyres"], {"grid": (2, 3)}) if "anyres" in rest else (file["noise"], {})
     model.null_features.copy_(file["null"][0])
     times = time_grid(steps, 3.0 if "shift3" in rest else 1.0)
-    torch.testing.assert_close(times, file[f"{name}.t"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(times, file[f"{name}.t"].cpu(), atol=1e-6, rtol=0)
     states, used = {}, []
     with torch.no_grad():
         guided = guide(model, file["cond"][:rows], 4.0, (0.0, 1.0), **options)
@@ -207,18 +214,18 @@ def test_trajectories_are_the_released_implementations(released, golden, name):
             callback=lambda step, t, x: states.update({step: x}),
             **how,
         )
-    torch.testing.assert_close(torch.stack(used), file[f"{name}.t_used"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.stack(used).cpu(), file[f"{name}.t_used"].cpu(), atol=1e-6, rtol=0)
     for got, expected in ((states[1], "x_1"), (states[(steps + 1) // 2], "x_half")):
         assert error(got, file[f"{name}.{expected}"]) < 1e-4, expected
     assert error(x, file[name]) < 1e-4
 
 
-def test_training_step_with_alignment_is_the_released_implementations(released, golden):
+def test_training_step_with_alignment_is_the_released_implementations(placed, golden, device):
     """Dropped captions, shifted times, both losses and the gradients of the projector and of what the text reaches."""
-    model, _ = released
-    file = golden("t2i_repa")
+    model, _ = placed
+    file = golden("t2i_repa", device)
     with np.load(ROOT / "tests" / "golden" / "t2i_repa.npz") as archive:
-        drop = torch.from_numpy(archive["drop"])  # (3)
+        drop = torch.from_numpy(archive["drop"]).to(device)  # (3)
     assert all(torch.equal(row, file["null"][0]) for row in file["null"])
     model.null_features.copy_(file["null"][0])
     layers = [torch.nn.Linear(*size) for size in ((48, 20), (20, 20), (20, 12))]
