@@ -129,9 +129,7 @@ class Emoji(Pictures):
         with np.load(ASSETS / "noto_emoji_64.npz") as archive:
             images, self.kinds = torch.from_numpy(archive["images"]), archive["subcategories"]  # (1906) of text
             self.labels = archive["names" if captions else "labels"].tolist()
-        images = images.permute(0, 3, 1, 2).float()  # (N, 3, 64, 64)
-        if resolution == 32:
-            images = torch.nn.functional.avg_pool2d(images, 2)  # (N, 3, 32, 32)
+        images = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2).float(), 64 // resolution)  # (N, 3, H, W)
         self.images, self.augment = images.round().to(torch.uint8), augment
         self.classes = None if captions else EMOJI_CLASSES
         self.fingerprint = f"emoji {len(self.labels)}"
@@ -180,6 +178,7 @@ class ImageFolder(Pictures):
         return {name: np.arange(end - n, end) for name, n, end in zip(self.classes, self.index.counts, ends)}
 
 
+EMBEDDED = {"emoji": Emoji}  # data sets that need no file
 CROPS = {"adm": center_crop, "released": released_crop}
 
 
@@ -188,8 +187,8 @@ def open_dataset(spec, resolution, augment=False, captions=False, crop="adm", ex
 
     crop: a name of CROPS. exif: of read_image. skip: leave out pictures without a caption. cache: of index_pictures.
     """
-    if str(spec) == "emoji":
-        return Emoji(resolution, augment, captions)
+    if str(spec) in EMBEDDED:
+        return EMBEDDED[str(spec)](resolution, augment, captions)
     index = index_captions(spec, skip) if captions else index_pictures(spec, **cache)
     return ImageFolder(index, resolution, augment, CROPS[crop], exif)
 

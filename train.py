@@ -22,15 +22,14 @@ import torch
 import torch.nn as nn
 
 import eval_fid
-from data import from_uint8, open_dataset
+from data import EMBEDDED, from_uint8, open_dataset
 from flow import alignment_loss, flow_matching_loss, interpolate
-from pretrained.dinov2 import DINOv2, load_dinov2
-from pretrained.emoji_classifier import EmojiTeacher
 from pretrained.text_encoders import fit_encoder, open_text_encoder
 from runtime.auto import with_size_chosen
 from runtime.checkpoint import build_model, start_from
 from runtime.crops import keep_in_memory
 from runtime.distributed import Processes, only_adding_up
+from runtime.feature_networks import teacher_named
 from runtime.files import UserError, run
 from runtime.frequencies import LOSSES
 from runtime.gauges import Gauges
@@ -135,7 +134,7 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
     data.
     """
     with processes.rank_0_first():
-        if planned and spec != "emoji" and not os.path.exists(spec):
+        if planned and spec not in EMBEDDED and not os.path.exists(spec):
             dataset = Absent(None if how["captions"] else num_classes or 1000)
             processes.say(f"{spec} is not here: assuming {dataset.fingerprint}")
         else:
@@ -213,9 +212,8 @@ def main():
     model = build_model(config)
     if args.init and folder.checkpoint is None:
         processes.say(start_from(model, model_file(args.init, "--init"), dataset.classes))
-    teacher = None
-    if args.repa:
-        teacher = (EmojiTeacher() if args.dino == "emoji" else load_dinov2(args.dino)).to(device)
+    kind = teacher_named(args.dino)
+    teacher = kind.load(args.dino).to(device) if args.repa else None
     conv = args.repa_projector == "conv"
     how = (args.drop_label, args.repa, config.patch_size, LOSSES[args.loss], conv)
     student = Student(model, args.repa_block, teacher.width if teacher else 0, args.repa_projector).to(device)
@@ -230,7 +228,7 @@ def main():
     shared = processes.share_gradients(student, device)
 
     peak = processes.world * peak_flops(device)  # FLOP/s, 0 where it is not known
-    flops = training_flops(config, isinstance(teacher, DINOv2), conv)  # per image
+    flops = training_flops(config, bool(args.repa) and kind.planned, conv)  # per image
     log = Log(args.out, processes, step, steps, args.batch_size, flops, peak)
     log.send_to(args.tensorboard, args.wandb, vars(args) | dataclasses.asdict(config))
     if step < steps:

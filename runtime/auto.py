@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import open_dataset
+from data import EMBEDDED, open_dataset
 from flow import flow_matching_loss, interpolate
 from runtime.checkpoint import build_model
 from runtime.files import UserError, check_writable, read_image, whole_file
@@ -51,7 +51,7 @@ def with_size_chosen(processes, argv=None):
         return argv
     if processes.world > 1:
         raise UserError("--size auto is for one process: give torchrun the command that it prints with --dry-run")
-    if given.get("data", "emoji") == "emoji":
+    if given.get("data", "emoji") in EMBEDDED:
         raise UserError("--size auto is for your own pictures: give their folder with --data FOLDER")
     for name in NOT_WITH.keys() & given.keys():
         raise UserError(f"--size auto chooses {NOT_WITH[name]}, which {flag(name)} does too: leave one of the two out")

@@ -1,4 +1,4 @@
-"""The networks that eval_fid.py compares pictures by, and what is asked of one.
+"""The frozen networks that look at pictures: those that eval_fid.py compares by, and the teachers of alignment.
 
 network(images) takes uint8 (B, 3, H, W) on its device and returns, in float32 and without gradients,
     pool     (B, D)            features of whole pictures: the distance is computed from these
@@ -10,13 +10,37 @@ can be checked before any weights are loaded,
     .widths          (D, S or None)
     .side            the only height and width in pixels that it takes; None: any
     .least           the fewest pictures for a distance
+
+teacher(images, patch) takes (B, 3, H, W) in [0, 1] and returns tokens (B, L, .width), one for each patch of that side.
 """
 
-from pretrained.emoji_classifier import EmojiClassifier, load_emoji_classifier
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pretrained.dinov2 import load_dinov2
+from pretrained.emoji_classifier import EmojiClassifier, EmojiTeacher, load_emoji_classifier
 from pretrained.inception import InceptionV3, load_inception
 from runtime.files import UserError
 
 NETWORKS = {"inception": (InceptionV3, load_inception), "emoji": (EmojiClassifier, load_emoji_classifier)}
+
+
+class Teacher(NamedTuple):
+    """A kind of teacher. Its name is part of the identity of a run."""
+
+    name: str
+    load: Callable  # of the file that --dino names (None: the usual one): the network
+    check: Callable  # of --data, resolution and patch_size: UserError where it cannot teach
+    planned: bool  # whether plans count it; the emoji's is a tenth of Nano's work and 2 % of its weights
+
+
+DINO = Teacher("DINOv2", load_dinov2, lambda *_: None, True)
+TEACHERS = {"emoji": Teacher("emoji", lambda _: EmojiTeacher(), EmojiTeacher.check, False)}
+
+
+def teacher_named(dino):
+    """The Teacher of --dino: one of TEACHERS by its name; any other text is a file of DINOv2's weights."""
+    return TEACHERS.get(dino, DINO)
 
 
 def open_network(features="inception", weights=None):

@@ -12,9 +12,9 @@ import math
 import os
 
 import text_model
-from data import CROPS
+from data import CROPS, EMBEDDED
 from model import PRESETS, PixNerdConfig
-from pretrained.emoji_classifier import EmojiTeacher
+from runtime.feature_networks import teacher_named
 from runtime.files import UserError
 from runtime.frequencies import LOSSES
 from runtime.log import require
@@ -218,7 +218,7 @@ def parse_args(argv=None):
         parser.error("--minutes does nothing without --size auto: add it, or say --steps")
     if {"steps", "epochs"} <= given.keys():
         parser.error("--epochs and --steps both say how long: leave one out")
-    if {"crop", "augment"} <= given.keys() or ("crop" in given and args.data == "emoji"):
+    if {"crop", "augment"} <= given.keys() or ("crop" in given and args.data in EMBEDDED):
         parser.error("--crop is for pictures of a folder or a tar that are not augmented: leave it out")
     if args.data == "ImageNet":
         args.data = os.environ.get("IMAGENET") or "imagenet/train"
@@ -254,7 +254,7 @@ def identity(args, config):
     found = {option.key: getattr(args, option.key) for option in OPTIONS if option.same_run}
     found |= dataclasses.asdict(config)
     found["classes"] = class_names(args.classes)
-    found["dino"] = ("emoji" if args.dino == "emoji" else "DINOv2") if args.repa else None
+    found["dino"] = teacher_named(args.dino).name if args.repa else None
     return found
 
 
@@ -281,8 +281,8 @@ def check_run(args, dataset, config):
         raise UserError(f"{asked} has {N} images per epoch, fewer than --batch-size {args.batch_size}: {remedy}")
     if args.repa and args.repa_block > config.depth:
         raise UserError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")
-    if args.repa and args.dino == "emoji":
-        EmojiTeacher.check(args.data, config.resolution, config.patch_size)
+    if args.repa:
+        teacher_named(args.dino).check(args.data, config.resolution, config.patch_size)
     for package in ("tensorboard", "wandb"):
         if getattr(args, package) and not args.dry_run:
             require(package)
@@ -292,7 +292,6 @@ def check_run(args, dataset, config):
 def planned(args, config, world, precision):
     """The Plan of the run, from its flags."""
     names = ("batch_size", "micro_batch", "recompute", "compile", "optimizer", "gpu", "mfu", "bandwidth")
-    # The emoji's small teacher does not count: a tenth of Nano's work and 2 % of its weights.
-    repa = bool(args.repa) and args.dino != "emoji"
+    repa = bool(args.repa) and teacher_named(args.dino).planned
     how = {name: getattr(args, name) for name in names}
     return Plan(config, world=world, precision=precision, repa=repa, conv=args.repa_projector == "conv", **how)

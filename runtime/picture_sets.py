@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from data import center_crop, open_dataset
+from data import EMBEDDED, center_crop, open_dataset
 from runtime.files import UserError, pictures_below, read_image, whole_file
 
 MAX_SIDE, MAX_COUNT = 2048, 2_000_000  # larger claims are refused: a batch and all features must fit in memory
@@ -46,8 +46,8 @@ def open_pictures(spec, resolution=None, workers=4, exif="ignore"):
     resolution: to which the pictures of a folder are cropped; of the emoji, 32 or 64 (default). workers: threads that
     decode. exif: "respect" turns the pictures of a folder upright. Raises UserError, OSError.
     """
-    if str(spec) == "emoji":
-        return pictures_of(open_dataset("emoji", resolution or 64), spec, workers)
+    if str(spec) in EMBEDDED:
+        return pictures_of(open_dataset(spec, resolution or 64), spec, workers)
     path = pathlib.Path(spec)
     if not path.is_dir():
         return _from_npz(path)
@@ -69,7 +69,7 @@ def open_reference(spec, flag, side, resolution=None, workers=4, exif="ignore"):
     spec: as there, or None where nothing was given; flag: what takes it on the command line. UserError, which says
     where the published reference of that size is.
     """
-    if spec is not None and (str(spec) == "emoji" or os.path.exists(spec)):
+    if spec is not None and (str(spec) in EMBEDDED or os.path.exists(spec)):
         return open_pictures(spec, resolution, workers, exif)
     missing = f"{flag} is missing" if spec is None else f"{flag} {spec}: no such file or directory"
     published = (
