@@ -102,7 +102,7 @@ class Pictures:
     .labels             the class index of each picture, or its caption
     .fingerprint        a text that changes when pictures are added, removed or renamed
     .picture(i, rng)    picture i, uint8 (3, resolution, resolution); with a torch.Generator `rng`, augmented by it
-    .members()          {name: numbers of its pictures} of every name that `--classes` takes
+    .members()          {name: numbers of its pictures} of every name that `--classes` takes; of captions none
     .remark             what a user should hear of it, or None
     .in_memory          whether reading a picture costs nothing
     .classifier         the name of a feature network that was made for it, or None
@@ -113,6 +113,11 @@ class Pictures:
 
     def __getitem__(self, i):
         return self.picture(i), self.labels[i]
+
+    def members(self):
+        """Of the classes."""
+        labels = np.array(self.labels if self.classes else [])
+        return {name: np.flatnonzero(labels == c) for c, name in enumerate(self.classes or [])}
 
 
 class Emoji(Pictures):
@@ -142,8 +147,8 @@ class Emoji(Pictures):
 
     def members(self):
         """Of the nine classes, and of the finer kinds."""
-        kinds = {str(kind): np.flatnonzero(self.kinds == kind) for kind in np.unique(self.kinds)}
-        return {name: np.flatnonzero(np.equal(self.labels, c)) for c, name in enumerate(self.classes)} | kinds
+        kinds = np.unique(self.kinds) if self.classes else []
+        return super().members() | {str(kind): np.flatnonzero(self.kinds == kind) for kind in kinds}
 
 
 class ImageFolder(Pictures):
@@ -171,11 +176,6 @@ class ImageFolder(Pictures):
             image = self.crop(image, self.resolution)
         # Contiguous, since stacking a batch from rows of pixels would take longer than this copy.
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W)
-
-    def members(self):
-        """Of each class folder."""
-        ends = np.cumsum(self.index.counts)
-        return {name: np.arange(end - n, end) for name, n, end in zip(self.classes, self.index.counts, ends)}
 
 
 EMBEDDED = {"emoji": Emoji}  # data sets that need no file

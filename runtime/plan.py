@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from data import Pictures
 from runtime.checkpoint import build_model
 from runtime.files import UserError
 from runtime.flops import decoder_flops, forward_flops
@@ -47,10 +48,10 @@ TEACHER_WIDTH, TEACHER_DEPTH, TEACHER_PATCH, TEACHER_WEIGHTS = 768, 12, 14, 86.6
 ENCODER_WEIGHTS, ENCODER_MATRICES = 1.72e9, 1.41e9
 
 
-class Absent:
-    """What a plan needs of data that are not on this machine: as many pictures as ImageNet's training set has."""
+class Absent(Pictures):
+    """Data that are not on this machine, for a plan: as many pictures as ImageNet's, and none to read."""
 
-    classifier, remark, images = None, None, 1_281_167
+    classifier, remark, in_memory, images = None, None, False, 1_281_167
 
     def __init__(self, num_classes):
         self.classes = num_classes and range(num_classes)  # None: captions
@@ -59,9 +60,11 @@ class Absent:
     def __len__(self):
         return self.images
 
-    def members(self):
-        """--classes cannot be planned: how many pictures there are of a name is not known here."""
-        raise UserError("--classes can be planned only where the data are, and they are not here")
+    def picture(self, *_):
+        """Raises UserError, as .labels and .members(): how many pictures there are of a name is not known here."""
+        raise UserError("--classes and --hold-out can be planned only where the data are, and they are not here")
+
+    members, labels = picture, property(picture)
 
 
 def epochs_to_steps(epochs, images, batch_size):

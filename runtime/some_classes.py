@@ -52,10 +52,6 @@ class SomeClasses(Part):
         self.remark += f"; of the data: {dataset.remark}" if dataset.remark else ""
         self.fingerprint = f"{dataset.fingerprint}, of it in this order {', '.join(names)}"
 
-    def members(self):
-        """Of the chosen classes."""
-        return {name: np.flatnonzero(np.equal(self.labels, c)) for c, name in enumerate(self.classes)}
-
 
 class HeldOut(Part):
     """A captioned data set without the pictures whose captions `path` lists, one a line. Raises UserError."""

@@ -13,10 +13,11 @@ from PIL import Image
 
 import data
 from data import TrainingSamples, center_crop, from_uint8, open_dataset, random_crop, random_stream, to_uint8
-from helpers import make_class_folder, noise_picture, run_script
+from helpers import complaint, make_class_folder, noise_picture, run_script
 from runtime.files import UserError
 from runtime.loader import BatchNumbers, training_batches
-from runtime.some_classes import SomeClasses
+from runtime.plan import Absent
+from runtime.some_classes import HeldOut, Part, SomeClasses
 
 CPU = torch.device("cpu")
 
@@ -89,6 +90,33 @@ def test_every_data_set_keeps_the_protocol_that_data_py_describes(tmp_path):
                 assert {dataset.labels[i] for i in numbers} == {dataset.classes.index(name)}
                 assert len(numbers) == dataset.labels.count(dataset.classes.index(name))
         assert set(dataset.classes) <= set(dataset.members())
+
+
+def test_a_data_set_of_captions_keeps_it_too_and_has_no_names_for_classes(tmp_path):
+    """Catches: a captioned set that ends in a TypeError where its classes are asked for."""
+    for i, word in enumerate(("cat", "dog", "owl")):
+        noise_picture(20, 24, i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(word)
+    emoji, pictures = (open_dataset(spec, 32, captions=True) for spec in ("emoji", tmp_path))
+    (tmp_path / "unwanted").write_text("dog\n")
+    for dataset, N in ((emoji, 1906), (pictures, 3), (HeldOut(pictures, tmp_path / "unwanted"), 2)):
+        assert dataset.classes is None and dataset.members() == {} and isinstance(dataset.fingerprint, str)
+        assert len(dataset) == N and dataset.in_memory == (N == 1906) and hasattr(dataset, "classifier")
+        assert dataset[1][0].shape == (3, 32, 32) and dataset[1][1] == dataset.labels[1] and dataset.remark != ""
+
+
+@pytest.mark.parametrize("flags", [["--classes", "cat"], ["--size", "XXL", "--hold-out", "list.txt"]])
+def test_what_a_plan_cannot_know_of_absent_data_is_one_line(tmp_path, flags):
+    (tmp_path / "list.txt").write_text("dog\n")
+    flags = [str(tmp_path / word) if word == "list.txt" else word for word in flags]
+    line = complaint("train.py", "--dry-run", "--data", tmp_path / "absent", *flags)
+    assert line.endswith("--classes and --hold-out can be planned only where the data are, and they are not here")
+
+
+def test_every_kind_of_data_set_is_known_to_these_tests():
+    """A new one has to be added above. Absent is a plan's, which may ask for no more than names and numbers."""
+    kinds = {kind for base in (data.Pictures, Part) for kind in base.__subclasses__() if kind is not Part}
+    assert kinds == {data.Emoji, data.ImageFolder, SomeClasses, HeldOut, Absent}
 
 
 def test_emoji_at_32_are_box_averages_of_64():
