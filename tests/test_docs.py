@@ -172,11 +172,21 @@ def test_every_block_that_is_marked_runnable_runs(page, tmp_path, monkeypatch):
             assert status == 0, f"{' '.join(words)}: {stderr}"
 
 
-def test_the_classes_of_make_demo_are_known_to_the_data():
-    words = shlex.split(makefile_commands()[0])
-    names = words[words.index("--classes") + 1].split(",")
-    chosen = SomeClasses(open_dataset("emoji", 32), names)
-    assert chosen.classes == [name.rpartition(":")[0] or name for name in names]
+def test_classes_of_the_emoji_that_a_command_asks_for_are_known():
+    """Of every page, and of the Makefile with its demo. Catches a name with a slip, told only after an installation."""
+    emoji, found = open_dataset("emoji", 32), 0
+    for words in [line.split() for line in COMMANDS if "--classes" in line and "--data" not in line]:
+        names = words[words.index("--classes") + 1].split(",")
+        assert SomeClasses(emoji, names).classes == [name.rpartition(":")[0] or name for name in names]
+        found += 1
+    assert found
+
+
+def test_a_version_that_a_page_names_is_the_one_of_requirements_txt():
+    """Another torch, installed first, would be fetched a second time by the line that follows it."""
+    pinned = set((ROOT / "requirements.txt").read_text().splitlines())
+    named = {name for page in PAGES for name in re.findall(r"[\w-]+==[\w.]+", page.read_text())}
+    assert named and named <= pinned
 
 
 def test_every_recipe_of_the_cluster_page_fits_its_machine(monkeypatch):
