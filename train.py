@@ -87,7 +87,7 @@ def training_loss(student, teacher, batch, drop_label=0.1, repa=0.5, patch_size=
     """From pixels to the loss: (loss (), flow matching loss of each image (B), alignment () or None).
 
     batch: image uint8 (B, 3, H, W), noise (B, 3, H, W), t (B), y (B), u (B) in [0, 1): data.TrainingSamples. teacher: a
-    frozen network whose tokens (B, L, width) the student's are to resemble (REPA, weight `repa`), or None; it is told
+    frozen network whose tokens (B, L, width) the student's are to resemble (REPA, weight `repa`), or None; it takes
     the student's patch_size, to have its tokens at the same places. weigh, spatial: of the two losses (flow.py).
     """
     x, t = from_uint8(batch["image"]), batch["t"]  # (B, 3, H, W) in [-1, 1], (B)

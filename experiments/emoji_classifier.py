@@ -1,9 +1,9 @@
-"""Trains the small classifier of the emoji (pretrained/emoji_classifier.py) and writes assets/emoji-features.pt.
+"""Train the small classifier of the emoji (pretrained/emoji_classifier.py) and write assets/emoji-features.pt.
 
-    python -m experiments.emoji_classifier        # a minute on a CPU
+    python -m experiments.emoji_classifier          # a minute on a CPU
 
-It has to tell Unicode's 98 kinds apart, which are finer than the nine classes. Every tenth picture is held out, to see
-whether the features hold for new ones.
+The targets are Unicode's 98 kinds, which are finer than the nine classes. Every tenth picture is held out, to measure
+accuracy on pictures that were not trained on.
 """
 
 import argparse

@@ -59,7 +59,7 @@ def draw_each(model, encoder, prompts, path, settings, seed, temperature, steps,
     """One picture of each prompt, image number i from the noise of number i: uint8 (N, 3, H, W).
 
     They are kept in the npz `path`, in the order of the prompts, and until all are drawn in a folder beside it, from
-    which the same call goes on. Raises UserError where that folder was begun with other `settings` (plain values).
+    which the same call resumes. Raises UserError where that folder was begun with other `settings` (plain values).
     """
     how = dict(times=time_grid(steps, shift), scale=cfg, interval=(0.0, 1.0), solver="adams")
     size = (model.config.resolution, model.config.resolution)

@@ -202,7 +202,7 @@ def _load(source, local):
         from transformers import Qwen2Tokenizer, Qwen3Model
     except ImportError as error:
         raise UserError(f"Qwen3 needs the package transformers ({error}): pip install -r requirements-text.txt")
-    transformers.utils.logging.set_verbosity_error()  # what matters of its reports is told below, in a line
+    transformers.utils.logging.set_verbosity_error()  # what matters of its reports follows below, in a line
     if local:
         transformers.utils.logging.disable_progress_bar()  # a download should show one
     how = dict(dtype=torch.bfloat16, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)

@@ -15,7 +15,7 @@ LIMIT = 1e9  # bytes of a process
 def keep_in_memory(dataset, side, say, limit=LIMIT):
     """Reads all pictures of a data set, if they fit, so that from then on reading them costs nothing.
 
-    side: of their crops, in pixels. say: a function that is told what was kept and how long it took. Raises UserError
+    side: of their crops, in pixels. say(line): what was kept and how long it took. Raises UserError
     for a picture that cannot be read.
     """
     if dataset.in_memory or len(dataset) * 3 * side * side > limit:

@@ -51,7 +51,7 @@ class RunFolder:
         return None
 
     def find(self, identity, dataset, accept_changed_data=False, mmap=False):
-        """Elects the checkpoint to resume, if there is one, and makes sure that it is of this very run.
+        """Chooses the checkpoint to resume, if there is one, and checks that it is of this very run.
 
         Returns the data set, its classes numbered as in the run so far. Rank 0 chooses for all ranks. mmap: read
         the weights straight from the disk's cache, which the processes of a machine share; for a GPU only, since on a
@@ -82,7 +82,7 @@ class RunFolder:
         raise UserError(f"{path} learned other classes: {gone} is not in the data, {new} is not in the run; {remedy}")
 
     def restore(self, student, ema, optimizers, weight_decay):
-        """Puts the elected checkpoint into the modules and optimizers. Returns its step, 0 without one."""
+        """Puts the chosen checkpoint into the modules and optimizers. Returns its step, 0 without one."""
         if self.checkpoint is None:
             return 0
         path, state, self.state = self.checkpoint, self.state, None

@@ -23,7 +23,7 @@ FINITE = number(float, math.isfinite, "a finite number")
 
 
 def parse_args(argv=None, parser=argparse.ArgumentParser):
-    """The command line; --solver comes back as a list. parser: its class, which decides how a mistake is told.
+    """The command line; --solver comes back as a list. parser: its class, which decides how a mistake is reported.
 
     What --solver, --steps, --cfg, --interval, --shift and --temperature mean where they are left out depends on the
     model: they stay None until `suit`.

@@ -62,7 +62,7 @@ def _folder(path):
 
 @contextlib.contextmanager
 def one_complaint(processes):
-    """Context: a mistake of the user that several ranks find in it is told by one of them, and all of them end."""
+    """Context: a mistake of the user that several ranks find in it is reported by one of them, and all end."""
     mistake = None
     try:
         yield

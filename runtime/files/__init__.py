@@ -1,4 +1,4 @@
-"""Everything about files, and how a mistake of the user is told.
+"""Everything about files, and the one line that a mistake of the user gets.
 
 errors         UserError, and run(main), which turns it into one line
 saving         whole files or none

@@ -8,7 +8,7 @@ line need: a cut download resumes where it stopped, the length is checked, sever
 
 Bytes go to NAME.part, and NAME.etag says which version of the remote file they belong to; only a complete and checked
 NAME.part is renamed, so a file called NAME is always whole. A power cut may leave holes in NAME.part, from which the
-next call goes on; but every file that is fetched here has a checksum of its own, of zip, gzip or SHA-256.
+next call resumes; but every file that is fetched here has a checksum of its own, of zip, gzip or SHA-256.
 
 Left out: parallel connections, passwords. Proxies and certificates: urllib reads the
 variables https_proxy, no_proxy and SSL_CERT_FILE.
