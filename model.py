@@ -72,19 +72,10 @@ class PixNerdConfig:
 
 # L and XL are the paper's (sections 4.1, 4.2); B and S keep DiT's shapes of those names with L's field; Nano is ours,
 # for 32-pixel pictures on a laptop. Parameters: Nano 3.0 M, S 45 M, B 155 M, L 452 M, XL 701 M.
+NANO = dict(num_classes=9, resolution=32, patch_size=8, hidden_size=128, num_heads=4, depth=8)
+NANO |= dict(field_depth=2, field_width=32, field_ratio=1, num_freqs=6)
 PRESETS = {
-    "Nano": PixNerdConfig(
-        num_classes=9,
-        resolution=32,
-        patch_size=8,
-        hidden_size=128,
-        num_heads=4,
-        depth=8,
-        field_depth=2,
-        field_width=32,
-        field_ratio=1,
-        num_freqs=6,
-    ),
+    "Nano": PixNerdConfig(**NANO),
     "S": PixNerdConfig(hidden_size=384, num_heads=6, depth=12, field_depth=2),
     "B": PixNerdConfig(hidden_size=768, num_heads=12, depth=12, field_depth=2),
     "L": PixNerdConfig(hidden_size=1024, num_heads=16, depth=22, field_depth=2),

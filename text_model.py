@@ -69,23 +69,9 @@ class TextPixNerdConfig:
 
 
 # XXL is the paper's, 1,172 M parameters; Nano is ours, for the emoji and their names on a laptop: 5.7 M.
-PRESETS = {
-    "Nano": TextPixNerdConfig(
-        text_encoder="words",
-        text_width=64,
-        text_length=16,
-        resolution=32,
-        patch_size=8,
-        hidden_size=160,
-        num_heads=5,
-        text_depth=1,
-        depth=7,
-        field_width=32,
-        field_ratio=1,
-        num_freqs=16,
-    ),
-    "XXL": TextPixNerdConfig(),
-}
+TEXT_NANO = dict(text_encoder="words", text_width=64, text_length=16, text_depth=1, resolution=32, patch_size=8)
+TEXT_NANO |= dict(hidden_size=160, num_heads=5, depth=7, field_width=32, field_ratio=1, num_freqs=16)
+PRESETS = {"Nano": TextPixNerdConfig(**TEXT_NANO), "XXL": TextPixNerdConfig()}
 
 
 class TextAttention(Attention):

@@ -15,6 +15,7 @@ out: a training step of XXL holds them five times over, 23.4 GB. Text features a
 
 import argparse
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import itertools
@@ -41,16 +42,20 @@ from eval_fid import frechet_distance, precision_recall
 from flow import flow_matching_loss
 from model import PRESETS, PixNerdConfig
 from runtime.checkpoint import build_model
+from runtime.distributed import Processes
 from runtime.files import UserError, run
 from runtime.flops import forward_flops
+from runtime.gauges import Gauges
 from runtime.machine import autocast, available_memory, freeze, keep_memory, pick_device, will_compile
+from runtime.optimizers import make_optimizers
 from runtime.recompute import RECOMPUTE
 from samplers import guide
 from text_model import PRESETS as TEXT_PRESETS
 from text_model import TextPixNerdConfig
+from train import Student, update
 
 # The shape in which other implementations state their speed: 47 GFLOP a step at batch 64.
-NANO = PixNerdConfig(
+WIDE_NANO = PixNerdConfig(
     num_classes=9, resolution=32, patch_size=8, hidden_size=256, num_heads=4, depth=6, field_depth=2, field_width=32
 )
 L, XL, XXL, TEXT_NANO = PRESETS["L"], PRESETS["XL"], TEXT_PRESETS["XXL"], TEXT_PRESETS["Nano"]
@@ -107,21 +112,16 @@ def in_new_process(function, *args):
 
 
 def training(model, x, y, precision, compiled, recompute="none"):
-    """A function that trains once: forward, backward, norm of the gradient, AdamW, EMA."""
+    """A function that trains once: forward, backward, and train.update with AdamW."""
     model.call = RECOMPUTE[recompute]
-    t, parameters = torch.rand(len(x), device=x.device), list(model.parameters())
-    ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    t, student, gauges = torch.rand(len(x), device=x.device), Student(model), Gauges(Processes(), x.device)
+    ema, optimizers = copy.deepcopy(model).requires_grad_(False), make_optimizers(student, "adamw", 1e-4)
 
     def step():
         with autocast(x.device, precision):
             loss = flow_matching_loss(model(x, t, y), x, torch.ones_like(x))
         loss.backward()
-        torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(ema, parameters, 1e-3)
+        update(student, ema, optimizers, gauges, 1, 1e-4, 0.999)
 
     return step
 
@@ -181,8 +181,8 @@ two_passes = functools.partial(unfrozen, together=False)
 FORWARD, TRAIN = (sampling, 1), (training, 3)  # and how many forward passes that is worth
 # The lines of each figure: a name, the model, the batch, and what is measured.
 MODELS = {
-    "Nano-train": [("training step Nano (6+2 blocks of 256)", NANO, 64, *TRAIN)],
-    "Nano-forward": [("forward Nano (6+2 blocks of 256)", NANO, batch, *FORWARD) for batch in (1, 2)],
+    "Nano-train": [("training step Nano (6+2 blocks of 256)", WIDE_NANO, 64, *TRAIN)],
+    "Nano-forward": [("forward Nano (6+2 blocks of 256)", WIDE_NANO, batch, *FORWARD) for batch in (1, 2)],
     "L-forward": [("forward L/16 at 256", L, batch, *FORWARD) for batch in (1, 2)],
     "XL-forward": [("forward XL/16 at 256", XL, batch, *FORWARD) for batch in (1, 2)],
     "guided": [("guided step XL/16 at 256", XL, 1, guided, 2)],

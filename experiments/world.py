@@ -20,18 +20,8 @@ NEAR = 0.2  # root mean square difference, of pixels in [-1, 1]: closer drawings
 
 # The small world. A token has 256 numbers, its patch 3 * 8 * 8 = 192, the ratio of the paper's L/16 (1024 to 768): a
 # narrower token could not carry the pixels of its patch to a linear decoder, which is no matter of fields.
-WORLD = PixNerdConfig(
-    num_classes=9,
-    resolution=32,
-    patch_size=8,
-    hidden_size=256,
-    num_heads=4,
-    depth=2,
-    field_depth=2,
-    field_width=24,
-    field_ratio=1,
-    num_freqs=6,
-)
+SHAPE = dict(num_classes=9, resolution=32, patch_size=8, hidden_size=256, num_heads=4, depth=2)
+WORLD = PixNerdConfig(**SHAPE, field_depth=2, field_width=24, field_ratio=1, num_freqs=6)
 
 
 @dataclasses.dataclass(frozen=True)
