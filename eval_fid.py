@@ -31,8 +31,8 @@ from runtime.eval_report import settings_of, warnings_about, write_report
 from runtime.feature_networks import NETWORKS, check_pictures, open_network
 from runtime.files import UserError, check_writable, run
 from runtime.machine import float64_device, full_float32, pick_device
-from runtime.options import COUNT
-from runtime.picture_sets import MAX_FEATURES, open_pictures, open_reference, save_statistics
+from runtime.options import COUNT, WORKERS, whole
+from runtime.picture_sets import MAX_FEATURES, MAX_SIDE, open_pictures, open_reference, save_statistics
 
 IS_SPLIT = 5000  # pictures per split of the Inception Score, as in ADM
 NEIGHBOUR = 3  # precision and recall measure to the 3rd nearest neighbour, as in ADM
@@ -274,11 +274,12 @@ def parse_args():
     add("samples", help="npz or folder of generated pictures")
     add("--features", choices=NETWORKS, default="inception", help="emoji: the emoji distance, which is not FID")
     add("--inception", metavar="FILE", help="weights of FID's network (default: downloaded once)")
-    add("--resolution", type=COUNT, help="crop the pictures of folders to this size, as ADM does")
+    add("--resolution", type=whole(1, MAX_SIDE), help="crop the pictures of folders to this size, as ADM does")
     add("--save-stats", metavar="FILE", help="keep the reference's statistics of FID as an npz")
     add("--json", metavar="FILE", help="results and settings (default: SAMPLES.eval.json)")
     add("--batch-size", type=COUNT, default=64, help="pictures per run of the network and device (default: 64)")
-    add("--workers", type=COUNT, default=min(8, os.cpu_count()), help="threads that decode pictures (default: up to 8)")
+    many = {"type": whole(1, WORKERS), "default": min(8, os.cpu_count())}
+    add("--workers", **many, help="threads that decode pictures (default: up to 8)")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), or its name")
     args = parser.parse_args()
     if args.features != "inception" and (args.inception or args.save_stats):

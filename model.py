@@ -20,9 +20,10 @@ from neural_field import ENCODINGS, FIELD_NORMS, NeuralField, RMSNorm
 from runtime.machine import attention
 
 
-def setting(default, help, choices=None, fine_tuning=False):
+def setting(default, help, choices=None, fine_tuning=False, most=65_536):
     """A field of the configuration. train.py makes a flag of it; `--init` refuses another value unless fine_tuning."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, fine_tuning=fine_tuning))
+    rules = dict(help=help, choices=choices, fine_tuning=fine_tuning, most=most)  # most: of a whole number
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +33,15 @@ class PixNerdConfig:
     Raises ValueError, naming the field, for values that make no model.
     """
 
-    num_classes: int = setting(1000, "number of classes", fine_tuning=True)
+    num_classes: int = setting(1000, "number of classes", fine_tuning=True, most=1_000_000)
     resolution: int = setting(256, "side of the training images in pixels", fine_tuning=True)
     patch_size: int = setting(16, "side of a patch in pixels")  # P
     hidden_size: int = setting(1152, "width of the transformer")  # D
     num_heads: int = setting(16, "attention heads")  # Nh
-    depth: int = setting(26, "blocks of the transformer")
+    depth: int = setting(26, "blocks of the transformer", most=1_000)
     prediction: str = setting("velocity", "what the decoder gives; clean: the image, as in JiT", ("velocity", "clean"))
     decoder: str = setting("field", "linear: one layer per token, the paper's baseline", ("field", "linear"))
-    field_depth: int = setting(4, "blocks of the neural field")
+    field_depth: int = setting(4, "blocks of the neural field", most=1_000)
     field_width: int = setting(64, "width of a pixel's features in the field")  # Dp
     field_ratio: int = setting(2, "hidden width of the field's MLPs, as a multiple of the field's width")  # r
     field_norm: str = setting("output", "which parts of the field are normalised (section 4.2)", FIELD_NORMS)
@@ -49,11 +50,11 @@ class PixNerdConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+            value, choices, most = getattr(self, field.name), field.metadata["choices"], field.metadata["most"]
             if choices and value not in choices:
                 raise ValueError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
+            if field.type is int and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"{field.name} is {value!r}; it must be a whole number from 1 to {most:,}")
         least = 4 * self.num_heads  # the rotary embedding turns pairs of numbers for two axes
         if self.hidden_size % least:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 * num_heads = {least}")
@@ -249,8 +250,7 @@ class PixNerd(nn.Module):
             raise ValueError("a linear decoder has one patch size; another density needs decoder='field'")
         if features_at is not None and not 1 <= features_at <= self.config.depth:
             raise ValueError(f"features_at is {features_at}, but the blocks are 1 to {self.config.depth}")
-        B, C, H, W = x.shape
-        P = self.config.patch_size
+        (B, C, H, W), P = x.shape, self.config.patch_size
         rows, columns = self.config.token_grid(H, W, grid)
         height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
         # Nearest, as released: an average of neighbours would shrink the noise, and the trunk would see another t.

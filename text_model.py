@@ -54,9 +54,9 @@ class TextPixNerdConfig:
     patch_size: int = setting(16, "side of a patch in pixels")  # P
     hidden_size: int = setting(1536, "width of the transformer")  # D
     num_heads: int = setting(24, "attention heads")  # Nh
-    text_depth: int = setting(4, "blocks that refine the text")
-    depth: int = setting(16, "blocks of the transformer")
-    field_depth: int = setting(2, "blocks of the neural field")
+    text_depth: int = setting(4, "blocks that refine the text", most=1_000)
+    depth: int = setting(16, "blocks of the transformer", most=1_000)
+    field_depth: int = setting(2, "blocks of the neural field", most=1_000)
     field_width: int = setting(64, "width of a pixel's features in the field")  # Dp
     field_ratio: int = setting(2, "hidden width of the field's MLPs, as a multiple of the field's width")  # r
     num_freqs: int = setting(32, "frequencies per axis of the encoding")  # F

@@ -46,6 +46,7 @@ from runtime.loader import BatchNumbers, training_batches
 from runtime.machine import freeze
 from runtime.models import find_model
 from runtime.optimizers import make_optimizers
+from runtime.options import SEED
 from runtime.pictures import picture_grid
 from runtime.previews import ema_samples
 from runtime.prompts import open_encoder
@@ -328,7 +329,7 @@ def listing(runs, study, seeds):
     for key, claim in CLAIMS.items():
         print(f"{key}: {claim.title}")
         for name in claim.rows():
-            done = [seed for seed in range(max(seeds) + 1) if runs.find(name, seed, study)]
+            done = [seed for seed in dict.fromkeys(seeds) if runs.find(name, seed, study)]
             print(f"    {name}: seeds done {done or 'none'}")
 
 
@@ -343,7 +344,7 @@ def main():
     parser.add_argument("--all", action="store_true", help="do everything")
     parser.add_argument("--page", action="store_true", help="write the page and its plots from what is stored")
     parser.add_argument("--split", action="store_true", help="write experiments/held_out.txt again")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of rows that train (default: 0 1 2)")
+    parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="of rows that train (default: 0 1 2)")
     parser.add_argument("--out", default=PAGE.parent, help="folder of evidence.md and evidence/ (default: docs)")
     args = parser.parse_args()
     runs, study = Runs(pathlib.Path(args.out) / "evidence"), Study()

@@ -16,7 +16,7 @@ from data import open_dataset
 from runtime.files import UserError, run
 from runtime.machine import pick_device, pick_precision
 from runtime.models import find_model
-from runtime.options import COUNT, SEED
+from runtime.options import SEED, whole
 from runtime.pictures import enlarge, picture_grid, save_picture
 from runtime.previews import AS_THE_PAPER, FOR_SMALL, SMALL, draw
 
@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
     parser.add_argument("--data", required=True, help="what it was trained on: emoji, a folder, or a tar")
     parser.add_argument("--exif", choices=["respect", "ignore"], default="respect", help="as in training")
-    parser.add_argument("--num", type=COUNT, default=16, help="samples, shared by the classes")
+    parser.add_argument("--num", type=whole(1, 10_000), default=16, help="samples, shared by the classes")
     parser.add_argument("--seed", type=SEED, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="nearest.png")

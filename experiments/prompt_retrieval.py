@@ -27,7 +27,9 @@ from pretrained.text_encoders import words
 from runtime.distributed import Processes
 from runtime.files import UserError, check_writable, run, whole_file
 from runtime.models import find_model, weights_hash
+from runtime.options import COUNT, POSITIVE, SEED, SHIFT
 from runtime.prompts import open_encoder
+from runtime.sample_options import FINITE, STEPS
 from runtime.shards import Shards
 from runtime.some_classes import HeldOut
 from sample import draw
@@ -94,11 +96,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ckpt", nargs="?", help="a text model of the emoji, by name or file")
     parser.add_argument("--hold-out", help="the captions that it was not trained on, as for train.py")
-    parser.add_argument("--num", type=int, help="names that are drawn, spread over all (default: all)")
+    parser.add_argument("--num", type=COUNT, help="names that are drawn, spread over all (default: all)")
     parser.add_argument("--npz", help="keep the pictures in this file; the same command resumes (default: they go)")
     parser.add_argument("--write-list", help="write the list of held-out names to this file, and stop")
-    for name, value in (("cfg", 2.5), ("shift", 2.0), ("temperature", 0.8), ("steps", 25), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--cfg", type=FINITE, default=2.5)
+    parser.add_argument("--shift", type=SHIFT, default=2.0)
+    parser.add_argument("--temperature", type=POSITIVE, default=0.8)
+    parser.add_argument("--steps", type=STEPS, default=25)
+    parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args()
     emoji = open_dataset("emoji", 32, captions=True)
     names = emoji.labels
@@ -108,8 +113,6 @@ def main():
         return print(f"{args.write_list}: {len(held_out(names))} of {len(set(names))} names")
     if not args.ckpt:
         raise UserError("name a checkpoint, or give --write-list")
-    if args.num is not None and args.num < 1:
-        raise UserError(f"--num {args.num}: draw at least 1 name")
     if args.npz:
         check_writable("--npz", args.npz)
     unseen = set(names) - set(HeldOut(emoji, args.hold_out).labels) if args.hold_out else set()

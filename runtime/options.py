@@ -8,7 +8,6 @@ resumed only where all of these, and the configuration, are as they were.
 import argparse
 import csv
 import dataclasses
-import math
 import os
 
 import text_model
@@ -19,7 +18,8 @@ from runtime.files import UserError
 from runtime.frequencies import LOSSES
 from runtime.log import require
 from runtime.models import check_init
-from runtime.plan import GPUS, MFU, Plan
+from runtime.picture_sets import MAX_COUNT
+from runtime.plan import GPUS, MFU, MOST_STEPS, Plan
 from runtime.recompute import RECOMPUTE
 from text_model import TextPixNerdConfig
 
@@ -56,16 +56,22 @@ def number(kind, fits, range_):
     return read
 
 
-# Each comparison is false of NaN. Beyond 2^53, floats skip whole numbers.
+def whole(least, most):
+    """A type for argparse: a whole number from `least` to `most`."""
+    return number(int, lambda value: least <= value <= most, f"at least {least}, and at most {most:,}")
+
+
+# Each comparison is false of NaN, and each range ends: a value beyond it is a slip of the hand, not a wish.
 SEED = number(int, lambda value: -(2**63) <= value < 2**63, "a whole number of 64 bits")
-COUNT = number(int, lambda value: 1 <= value <= 2**53, "at least 1, and at most 2^53")
-FROM_0 = number(int, lambda value: 0 <= value <= 2**53, "at least 0, and at most 2^53")
+COUNT, FROM_0 = whole(1, 2**53), whole(0, 2**53)  # beyond 2^53, floats skip whole numbers
+WORKERS = 1024  # processes or threads: more than any machine that loads pictures has cores for
 SHARE = number(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 BELOW_1 = number(float, lambda value: 0 <= value < 1, "in [0, 1)")
 ABOVE_0 = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
-POSITIVE = number(float, lambda value: 0 < value < math.inf, "above 0 and finite")
-TO_1E9 = number(float, lambda value: 0 < value <= 1e9, "above 0 and at most 1e9")  # for what becomes a whole number
-NOT_NEGATIVE = number(float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+POSITIVE = number(float, lambda value: 0 < value <= 1e9, "above 0 and at most 1e9")
+NOT_NEGATIVE = number(float, lambda value: 0 <= value <= 1e9, "at least 0 and at most 1e9")
+# Within these limits, all times of a solver's grid are different in float32.
+SHIFT = number(float, lambda value: 0.01 <= value <= 100, "in [0.01, 100]")
 
 
 @dataclasses.dataclass
@@ -91,7 +97,7 @@ class Option:
 OPTIONS = [
     Option("data", str, "ImageNet", "emoji, a folder or an uncompressed tar: of class folders or with captions"),
     Option("classes", str, None, "train on these only (emoji: kinds too); NAME:4: 4 times per epoch", same_run=True),
-    Option("num-classes", COUNT, None, "refuse data with another number of classes"),
+    Option("num-classes", whole(1, 1_000_000), None, "refuse data with another number of classes"),
     Option("skip-uncaptioned", bool, False, "leave out pictures without a caption, and captions without a picture"),
     Option("hold-out", str, None, "a file of captions, one a line, whose pictures are left out"),
     Option("cache-text", str, None, "folder for the features of each caption, so that each is encoded once"),
@@ -99,12 +105,12 @@ OPTIONS = [
     Option("augment", bool, False, "random crop and flip in place of the centre crop", same_run=True),
     Option("exif", ["respect", "ignore"], "respect", "whether a photograph's orientation turns it", True, "ignore"),
     Option("accept-changed-data", bool, False, "resume although pictures were added, removed or renamed"),
-    Option("workers", FROM_0, None, "loader processes per process (default: 0 for emoji, else up to 8)"),
+    Option("workers", whole(0, WORKERS), None, "loader processes per process (default: 0 for emoji, else up to 8)"),
     Option("batch-size", COUNT, 256, "images per step over all processes", same_run=True),
     Option("micro-batch", COUNT, None, "images per forward pass and process; gradients add up (default: all)"),
-    Option("steps", COUNT, 800_000, "train until this step"),
-    Option("minutes", TO_1E9, None, "of training, for which --size auto chooses (default: 20)"),
-    Option("epochs", TO_1E9, None, "instead: until each image was seen so many times (of NAME:N, N times as many)"),
+    Option("steps", whole(1, MOST_STEPS), 800_000, "train until this step"),
+    Option("minutes", POSITIVE, None, "of training, for which --size auto chooses (default: 20)"),
+    Option("epochs", POSITIVE, None, "instead: until each image was seen so many times (of NAME:N, N times as many)"),
     Option("optimizer", ["adamw", "muon"], "adamw", "muon: for the matrices of the blocks", same_run=True),
     Option("lr", POSITIVE, 1e-4, "learning rate"),
     Option("schedule", ["constant", "cosine"], "constant", "of the learning rate; cosine: to 0 at --steps"),
@@ -114,7 +120,7 @@ OPTIONS = [
     Option("clip", NOT_NEGATIVE, 0.0, "largest norm of the gradient (0: no limit, as released)"),
     Option("ema", BELOW_1, 0.9999, "decay of the averaged weights per step"),
     Option("drop-label", SHARE, 0.1, "share of samples trained without their class, for guidance", same_run=True),
-    Option("shift", POSITIVE, 1.0, "time shift of the training times", same_run=True),
+    Option("shift", SHIFT, 1.0, "time shift of the training times", same_run=True),
     Option("repa", NOT_NEGATIVE, 0.0, "weight of alignment with a teacher (0: none; the paper: 0.5)", same_run=True),
     Option("repa-block", COUNT, 8, "the block whose output is aligned, counted from 1", same_run=True),
     Option("repa-projector", ["mlp", "conv"], "mlp", "conv: 3x3 and normalised teacher, as in iREPA", same_run=True),
@@ -126,14 +132,14 @@ OPTIONS = [
     Option("compile", ["auto", "on", "off"], "auto", "torch.compile each repeated block (auto: where it works)"),
     Option("recompute", list(RECOMPUTE), "none", "activation checkpointing: memory for time (runtime/recompute.py)"),
     Option("device", str, "auto", "auto (cuda, then mps, then cpu), or its name"),
-    Option("timeout", TO_1E9, 1800.0, "seconds to wait for another process, as while it saves"),
+    Option("timeout", POSITIVE, 1800.0, "seconds to wait for another process, as while it saves"),
     Option("out", str, None, "folder of the run (default: runs/SIZE)"),
     Option("save-every", FROM_0, 5_000, "steps between checkpoints (0: only at the end)"),
     Option("keep", COUNT, 2, "checkpoints kept, at least 2"),
     Option("log-every", FROM_0, 100, "steps between lines of metrics (0: only with a checkpoint)"),
     Option("preview-every", FROM_0, 10_000, "steps between previews (0: none)"),
     Option("eval-every", FROM_0, 0, "steps between evaluations of EMA samples (0: none)"),
-    Option("eval-num", COUNT, 1000, "samples drawn for an evaluation"),
+    Option("eval-num", whole(1, MAX_COUNT), 1000, "samples drawn for an evaluation"),
     Option("eval-ref", str, None, "reference of its FID, as eval_fid.py takes it (emoji: the data, by emoji distance)"),
     Option("inception", str, None, "weights of the FID network (default: downloaded once)"),
     Option("tensorboard", bool, False, "log to OUT/tensorboard as well"),
@@ -176,7 +182,8 @@ def make_parser():
             how = {"choices": option.type}
         parser.add_argument(f"--{option.name}", help=option.help + f" ({'; '.join(shown)})" * bool(shown), **how)
     for name, field in SETTINGS.items():
-        how = {"type": COUNT if field.type is int else str, "choices": field.metadata["choices"]}
+        kind = whole(1, field.metadata["most"]) if field.type is int else str
+        how = {"type": kind, "choices": field.metadata["choices"]}
         parser.add_argument(flag(name), help=f"{field.metadata['help']} (default: the size's)", **how)
     return parser
 

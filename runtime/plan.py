@@ -36,6 +36,7 @@ GPUS = {
     "h100-nvl": ("h100 nvl", 94e9, 64),
     "h200": ("h200", 141e9, 450),
 }
+MOST_STEPS = 10**8 - 1  # the names of checkpoints have eight digits
 CLOSE = 0.9  # of the memory: above this share a plan, which is good to a tenth, may not fit
 # What stays for the backward pass, in numbers of 2 bytes (bf16) or 4 (fp32): TRUNK times D for each token and block;
 # in each field block, FIELD times Dp for each pixel and WRITTEN for each of the 2 r Dp^2 weights that a token writes.
@@ -68,8 +69,14 @@ class Absent(Pictures):
 
 
 def epochs_to_steps(epochs, images, batch_size):
-    """--epochs as a number of steps: the first step at which all `images` of an epoch were seen `epochs` times."""
-    return math.ceil(epochs * images / batch_size)
+    """--epochs as a number of steps: the first step at which all `images` of an epoch were seen `epochs` times.
+
+    UserError for more than MOST_STEPS.
+    """
+    steps = math.ceil(epochs * images / batch_size)
+    if steps > MOST_STEPS:
+        raise UserError(f"--epochs {epochs:g} would be {steps:,} steps, and {MOST_STEPS:,} are the limit: give fewer")
+    return steps
 
 
 def reads_qwen3(config):

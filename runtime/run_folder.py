@@ -100,7 +100,14 @@ class RunFolder:
         return state["step"]
 
     def save(self, step, student, ema, optimizers, dataset):
-        """Saves the run at `step`; all ranks wait until it is safe. Raises OSError."""
+        """Saves the run at `step`; all ranks wait until it is safe. Raises OSError.
+
+        UserError, on all ranks, which hold the same weights, where a weight is not finite: the update made it so.
+        """
+        for module in (student, ema):
+            if broken := [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]:
+                remedy = "Resume with a lower --lr, or with --clip 1"
+                raise UserError(f"{broken[0]} is not finite after step {step}, which is not saved. {remedy}")
         if self.processes.rank == 0:
             state = {
                 "format": FORMAT,

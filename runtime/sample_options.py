@@ -1,11 +1,10 @@
 """The flags of sample.py, and what each means where it is left out."""
 
 import argparse
-import math
 
 from runtime.files import UserError
 from runtime.models import SHIPPED_FILES
-from runtime.options import COUNT, POSITIVE, SEED, number
+from runtime.options import COUNT, POSITIVE, SEED, SHIFT, number, whole
 from runtime.prompts import LAYOUTS
 from runtime.shards import LABELS
 from samplers import SOLVERS
@@ -16,10 +15,8 @@ TEXT_DEFAULTS = dict(solver=["adams"], steps=25, cfg=4.0, interval=[0.0, 1.0], s
 # Of text models of small pictures, by eye: with more guidance, colours of invented things run over their outlines.
 SMALL_TEXT_DEFAULTS, SMALL = TEXT_DEFAULTS | dict(cfg=2.5, shift=2.0), 64  # pixels
 
-# Within these limits of --steps and --shift, all times of a grid are different in float32.
-STEPS = number(int, lambda value: 1 <= value <= 10_000, "at least 1, and at most 10,000")
-SHIFT = number(float, lambda value: 0.01 <= value <= 100, "in [0.01, 100]")
-FINITE = number(float, math.isfinite, "a finite number")
+STEPS = whole(1, 10_000)  # with these, all times of a grid are different in float32
+FINITE = number(float, lambda value: -1e9 <= value <= 1e9, "in [-1e9, 1e9]")
 
 
 def parse_args(argv=None, parser=argparse.ArgumentParser):
@@ -45,7 +42,7 @@ def parse_args(argv=None, parser=argparse.ArgumentParser):
     add("--order", type=int, default=2, choices=[1, 2, 3, 4], help="of the adams solver")
     add("--steps", type=STEPS, help="of the solver (default: 50; text: 25)")
     add("--cfg", type=FINITE, help="guidance scale; 1: none (default: 3.5, as in the paper; text: 4, emoji 2.5)")
-    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times that are guided (default: 0.1 1; 0 1)")
+    add("--interval", type=FINITE, nargs=2, metavar=("LOW", "HIGH"), help="times that are guided (default: 0.1 1; 0 1)")
     add("--shift", type=SHIFT, help="time shift: above 1, smaller steps near noise (default: 1; text: 3, emoji 2)")
     calm = "of the noise; below 1: fewer faults, less variety (default: 1; pictures of emoji: 0.8)"
     add("--temperature", type=POSITIVE, help=calm)

@@ -477,6 +477,7 @@ def test_mistakes_get_one_line(tmp_path):
     assert "say what to do" in complaint("experiments/ablations.py", "--out", tmp_path)
     assert "invalid choice" in complaint("experiments/ablations.py", "--claim", "fig9")
     assert "--seeds -1: seeds are 0 or more" in complaint("experiments/ablations.py", "--list", "--seeds", "-1")
+    assert "--seeds: 9999" in complaint("experiments/ablations.py", "--list", "--seeds", "9" * 30)
 
 
 def test_no_two_pictures_of_the_page_have_one_name():

@@ -509,6 +509,8 @@ def test_mistakes_are_one_line_that_names_file_or_flag(tmp_path, weights, emoji_
         ((good, good, "--batch-size", 0), "--batch-size"),
         ((good, good, "--workers", 0), "--workers"),
         ((good, good, "--resolution", 0), "--resolution"),
+        ((good, good, "--workers", 1025), "--workers"),
+        ((good, good, "--resolution", 2049), "--resolution"),
     ):
         line = complaint("eval_fid.py", *arguments)
         assert line.startswith("eval_fid.py: ") and re.search(message, line), line

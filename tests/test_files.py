@@ -240,6 +240,12 @@ def ends(monkeypatch, error):
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
             "script.py: DataLoader worker (pid 7)",
         ),
+        (MemoryError(), "script.py: the memory is full: use fewer images at once (--batch-size, --micro-batch, --num)"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: 9"),
+            "script.py: the memory is full",
+        ),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), "script.py: the memory is"),
         (dist.DistBackendError("timed out"), "script.py: rank 0 lost touch with another process: timed out"),
         (RuntimeError("[/gloo/x.cc:1] Connection closed by peer"), "script.py: rank 0 lost touch with another"),
     ],
@@ -247,6 +253,14 @@ def ends(monkeypatch, error):
 def test_what_the_user_can_put_right_is_one_line(monkeypatch, error, line):
     text = ends(monkeypatch, error)
     assert text.startswith(line) and "\n" not in text
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: np.empty(2**57), lambda: bytearray(2**60)])
+def test_what_torch_numpy_and_python_say_of_a_full_memory_is_known(monkeypatch, allocate):
+    """Their true words, which a new version may change."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit, match="^script.py: the memory is full"):
+        run(allocate)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +343,21 @@ run(main)
     process.stdin.close()  # now it goes on
     stderr = process.stderr.read()
     assert (process.wait(60), stderr) == (0, "") and (tmp_path / "end").read_text() == "done"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_script_whose_output_is_closed_does_its_work(tmp_path, closed):
+    """As under some schedulers. Catches: a traceback about None, and a mistake that ends with exit status 0."""
+    code = "import pathlib, sys; from runtime.files import UserError, run\n"
+    code += "def main():\n print('x'); pathlib.Path(sys.argv[1]).write_text('done')\n"
+    code += " print('y', file=sys.stderr)\n if sys.argv[2:]: raise UserError('a line')\nrun(main)"
+    for more, status in (((), 0), (("bad",), 1)):
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code, tmp_path / "x", *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status and "Traceback" not in done.stderr + done.stdout
+        assert (tmp_path / "x").read_text() == "done"
+        if more and "2>" not in closed:
+            assert done.stderr.splitlines()[-1] == "-c: a line"
 
 
 def test_the_transparent_gray_of_a_16_bit_png_becomes_white(tmp_path):

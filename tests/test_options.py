@@ -1,5 +1,6 @@
 """The flags of train.py: recipes, ranges, what makes a run another run, and where ImageNet is looked for."""
 
+import argparse
 import dataclasses
 import re
 
@@ -66,7 +67,10 @@ REFUSED = """
     --timeout 1e15 | --epochs 1e308 | --epochs 0 | --save-every -1 | --log-every -1 | --preview-every -2 |
     --eval-every -1 | --eval-every 9 --eval-num 1 | --keep 0 | --micro-batch 0 | --depth 0 | --batch-size 0 |
     --steps 0 | --steps 99999999999999999999 | --dino x.pth | --eval-ref x.npz | --inception x.pth |
-    --eval-every 5 --inception x.pth | --patch-size 99999999999999999999999
+    --eval-every 5 --inception x.pth | --patch-size 99999999999999999999999 | --lr 1e39 | --weight-decay 1e10 |
+    --clip 1e300 | --repa 1e10 | --repa inf | --shift 1e-300 | --shift 1e9 | --bandwidth 1e300 | --minutes 1e300 |
+    --workers 1025 | --eval-num 2000001 | --steps 100000000 | --epochs 1e8 | --num-classes 1000001 | --depth 1001 |
+    --field-depth 1001 | --resolution 65544 | --hidden-size 65552 | --num-heads 65537 | --num-freqs 9007199254740992
 """
 
 
@@ -74,6 +78,21 @@ REFUSED = """
 def test_flags_out_of_range_or_without_effect_are_refused_by_name(tmp_path, flags):
     message = refuses(tmp_path / "run", *flags.split())
     assert flags.split()[-2] in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", ["--text-depth 1001", "--text-length 65537", "--depth 1001"])
+def test_so_are_those_of_a_text_model(tmp_path, flags):
+    assert flags.split()[0] in refuses(tmp_path / "run", "--text-encoder", "words", *flags.split())
+
+
+def test_every_number_of_a_run_has_an_end_in_both_directions():
+    """From the table, so that a new flag is asked too. Catches: a type without a range, or one that lets infinity in."""
+    numbers = [option for option in OPTIONS if callable(option.type) and option.type not in (str, bool)]
+    assert len(numbers) > 25 and not [option.name for option in OPTIONS if option.type in (int, float)]
+    for option in numbers:
+        for text in ("inf", "-inf", "nan", "1e300", "-1e300", "9" * 25, "-" + "9" * 25):
+            with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+                option.type(text)
 
 
 def test_help_names_the_default_of_each_recipe(capsys):

@@ -77,6 +77,11 @@ def test_an_interrupted_run_goes_on_with_the_names_that_are_missing(tmp_path, mo
         (["nowhere.pt"], "nowhere.pt"),
         (["emoji-text", "--hold-out", "nowhere.txt"], "--hold-out nowhere.txt cannot be read"),
         (["emoji-text", "--num", "0"], "--num"),
+        (["emoji-text", "--cfg", "nan"], "--cfg"),
+        (["emoji-text", "--shift", "0"], "--shift"),
+        (["emoji-text", "--temperature", "1e300"], "--temperature"),
+        (["emoji-text", "--steps", "10001"], "--steps"),
+        (["emoji-text", "--seed", "9" * 30], "--seed"),
         (["emoji-text", "--npz", "."], "--npz . is a folder"),
     ],
 )

@@ -14,7 +14,19 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_same_run, command, last, noise_picture, randomised, refuses, run_script, start, train
+from helpers import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    command,
+    last,
+    noise_picture,
+    randomised,
+    refuses,
+    run_script,
+    start,
+    train,
+)
 from PIL import Image
 
 from data import TrainingSamples, from_uint8, open_dataset
@@ -27,6 +39,7 @@ from runtime import previews, recompute
 from runtime.checkpoint import build_model, checked_config, load_checkpoint, save_checkpoint
 from runtime.frequencies import by_frequency
 from runtime.log import Log
+from runtime.options import OPTIONS
 from train import ConvProjector, Student, learning_rate, training_loss, update
 
 
@@ -428,6 +441,17 @@ def test_training_goes_on_to_its_checkpoint_when_the_reader_of_its_output_leaves
     assert_same_run(last(tmp_path / "run"), last(uninterrupted))
 
 
+def test_training_and_drawing_with_a_closed_output_do_their_work(tmp_path):
+    """As in `train.py >&-`, where Python has no stdout. Catches: a traceback in the place of a checkpoint."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    draw = ["--ckpt", tmp_path / "run" / "last.pt", "--class", "flags", "--steps", 2, "--out", tmp_path / "x.png"]
+    for line in (command(tmp_path / "run", "--steps", 1), [ROOT / "sample.py", *draw, "--compile", "off"]):
+        shell = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, *map(str, line)]
+        done = subprocess.run(shell, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert last(tmp_path / "run")["step"] == 1 and Image.open(tmp_path / "x.png").size
+
+
 def test_resumes_exactly_with_muon_too(tmp_path):
     """Its averages are in the checkpoint; and a run with the other optimizer is refused as another run."""
     assert train(tmp_path / "whole", "--optimizer", "muon", "--steps", 4)[0] == 0
@@ -522,10 +546,20 @@ def test_epochs_are_steps_that_resuming_does_not_change(folder, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path, optimizer):
     out = tmp_path / "run"
     assert train(out, "--optimizer", optimizer, "--steps", 2)[0] == 0
-    message = refuses(out, "--optimizer", optimizer, "--steps", 9, "--lr", "1e38", "--log-every", 1)
+    message = refuses(out, "--optimizer", optimizer, "--steps", 9, "--lr", "1e9", "--log-every", 1)
     assert "finite on rank 0 at step" in message
     assert last(out)["step"] == 2
     assert all(value.isfinite().all() for value in last(out)["model"].values())
+
+
+def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path, monkeypatch):
+    """The loss and the gradient of the last step were finite. Catches: a last.pt of NaN after a run that "succeeded"."""
+    assert train(tmp_path / "run", "--steps", 2)[0] == 0
+    (lr,) = [option for option in OPTIONS if option.name == "lr"]
+    monkeypatch.setattr(lr, "type", float)  # without its range
+    line = refuses(tmp_path / "run", "--steps", 3, "--lr", "1e39")
+    assert "is not finite after step 3, which is not saved. Resume with a lower --lr" in line
+    assert last(tmp_path / "run")["step"] == 2
 
 
 def test_a_checkpoint_of_another_configuration_names_the_field(uninterrupted):

@@ -4,11 +4,15 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import sys
 import traceback
 
 import torch
 import torch.distributed as dist
+
+
+NO_MEMORY = re.compile("can't allocate memory|not enough memory")  # of torch, on a CPU
 
 
 class UserError(ValueError):
@@ -18,12 +22,14 @@ class UserError(ValueError):
 def run(main):
     """Runs the main() of a script. What the user can put right ends as "script.py: one line" and exit status 1.
 
-    So do a full disk, a full GPU, a killed loader worker, and another rank that is gone; a fault of ours keeps its
-    traceback.
+    So do a full disk, a full memory or GPU, a killed loader worker, and another rank that is gone; a fault of ours
+    keeps its traceback.
     """
     script, plain = pathlib.Path(sys.argv[0]).name, (sys.stdout, sys.stderr)
     try:
-        sys.stdout, sys.stderr = map(_Output, plain)
+        # Python has no stream (None) where the caller closed it, as in `train.py >&-`. What is opened in its place
+        # takes its number, too, which the next file would get otherwise, and with it what C code prints.
+        sys.stdout, sys.stderr = (_Output(stream or open(os.devnull, "w")) for stream in plain)
         main()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  what is not told in one line is raised again
         # At exit Python waits, for ever, for loader workers that something still refers to: drop all that main() held.
@@ -43,6 +49,8 @@ def _one_line(error):
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: use fewer images at once (--batch-size, --micro-batch) or smaller ones"
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(line):
+        return "the memory is full: use fewer images at once (--batch-size, --micro-batch, --num) or a smaller model"
     if isinstance(error, dist.DistError) or "/gloo/" in str(error):  # the rank that failed shows the reason
         return f"rank {os.environ.get('RANK', 0)} lost touch with another process: {line}"
     line = line.split(".UserError: ", 1)[-1]  # from a loader worker it comes with a traceback in its text
