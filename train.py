@@ -159,9 +159,10 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
 
 
 def open_judge(dataset, encode, reference, exif, weights, num, config, seed, device, precision, processes):
-    """--eval-every: (EMA model, Stopping) -> {name: score}, or Stopped. Raises UserError now for what would fail then.
+    """--eval-every: (EMA model, Stopping, labels of the data) -> {name: score}, or Stopped. UserError for mistakes now.
 
-    Few samples and few solver steps: good for comparing one run's checkpoints with each other, not with papers.
+    The labels come with each call: a resumed run may number its classes otherwise than the data. Few samples and few
+    solver steps: good for comparing one run's checkpoints with each other, not with papers.
     """
     if reference is None and dataset.classifier:
         real = pictures_of(dataset, "the training data")
@@ -174,8 +175,8 @@ def open_judge(dataset, encode, reference, exif, weights, num, config, seed, dev
     if num < network.least:
         raise UserError(f"--eval-num must be at least {network.least} for this evaluation")
 
-    def judge(ema, stopping):
-        samples = ema_samples(ema, dataset.labels, num, seed, device, precision, encode or torch.tensor)
+    def judge(ema, stopping, labels):
+        samples = ema_samples(ema, labels, num, seed, device, precision, encode or torch.tensor)
         pictures = (stopping.between_batches(side) for side in (real, samples))
         return eval_fid.judge(*pictures, network, device, processes)
 
@@ -244,7 +245,7 @@ def main():
             log.picture(step, preview(ema, shown, args.seed, device, precision))
         if log.wants_scores(step, args.eval_every):
             with contextlib.suppress(Stopped):
-                log.scores(step, judge(ema, stopping))
+                log.scores(step, judge(ema, stopping, dataset.labels))
 
     show(step)
     while step < steps and not stopping.decision:

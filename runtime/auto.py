@@ -18,11 +18,12 @@ import torch
 from data import EMBEDDED, open_dataset
 from flow import flow_matching_loss, interpolate
 from runtime.checkpoint import build_model
-from runtime.files import UserError, check_writable, read_image, whole_file
+from runtime.files import UserError, read_image, whole_file
 from runtime.machine import autocast, pick_device, pick_precision
 from runtime.optimizers import make_optimizers
 from runtime.options import all_flags, class_names, flag, given_flags
-from runtime.run_folder import run_checkpoints
+from runtime.plan import MOST_STEPS
+from runtime.run_folder import RunFolder, run_checkpoints
 from runtime.some_classes import SomeClasses
 
 # The first row that fits the pictures, and whose model can see ENOUGH of them in the time; else the last that fits.
@@ -59,7 +60,9 @@ def with_size_chosen(processes, argv=None):
     dataset = pictures = open_dataset(given["data"], 64)
     if "classes" in given:
         dataset = SomeClasses(pictures, class_names(given["classes"]))
-    path = pathlib.Path(given["out"]) / "auto.json"
+    path, writes = pathlib.Path(given["out"]) / "auto.json", "dry_run" not in given
+    # Kept from other starts until the choice is written: of two at once, each could find another.
+    folder = RunFolder(path.parent, processes) if writes else None
     try:
         kept = json.loads(path.read_text()) if path.exists() else None
         same = run_checkpoints(path.parent) or kept is not None and kept["pictures"] == dataset.fingerprint
@@ -68,14 +71,13 @@ def with_size_chosen(processes, argv=None):
         remedy = "give the command of its run, or another --out"
         raise UserError(f"{path.parent} has a run, or a file auto.json, that is not of --size auto: {remedy}")
     if not chosen:
-        writes = "dry_run" not in given
-        if writes:
-            check_writable("--out", path.parent, is_folder=True)
         processes.say("--size auto: timing a few steps of each choice, from the largest down")
         chosen, told = _choose(given, pictures.index, len(dataset), len(dataset.classes), minutes)
         if writes:
             with whole_file(path) as temporary:
                 temporary.write_text(json.dumps({"pictures": dataset.fingerprint, "flags": chosen}))
+    if writes:
+        folder.lock.close()
     stay = ", ".join(flag(name) for name in chosen if name in given)
     processes.say(f"--size auto: {told}" + f" (as given: {stay})" * bool(stay))
     flags = chosen | given
@@ -107,7 +109,7 @@ def _choose(given, index, N, num_classes, minutes):
         possible = TRAINING * 60 * minutes / seconds  # steps
         if possible * batch >= min(ENOUGH, OFTEN * N):
             break
-    most = max(1000, OFTEN * N // batch)
+    most = min(MOST_STEPS, max(1000, OFTEN * N // batch))
     # Two digits, as much as a few timed steps can promise.
     steps = given.get("steps", min(most, max(10, int(float(f"{possible:.2g}")))))
     more, a_minute = min(most, 2 * steps), TRAINING * 60 / seconds

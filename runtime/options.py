@@ -94,9 +94,13 @@ class Option:
         return self.name.replace("-", "_")
 
 
+QUOTED = """, as A,B or, with a comma in a name, '"A, B",C'"""
+
 OPTIONS = [
     Option("data", str, "ImageNet", "emoji, a folder or an uncompressed tar: of class folders or with captions"),
-    Option("classes", str, None, "train on these only (emoji: kinds too); NAME:4: 4 times per epoch", same_run=True),
+    Option(
+        "classes", str, None, f"train on these only (emoji: kinds too){QUOTED}; A:4: 4 times per epoch", same_run=True
+    ),
     Option("num-classes", whole(1, 1_000_000), None, "refuse data with another number of classes"),
     Option("skip-uncaptioned", bool, False, "leave out pictures without a caption, and captions without a picture"),
     Option("hold-out", str, None, "a file of captions, one a line, whose pictures are left out"),

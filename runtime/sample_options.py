@@ -4,7 +4,7 @@ import argparse
 
 from runtime.files import UserError
 from runtime.models import SHIPPED_FILES
-from runtime.options import COUNT, POSITIVE, SEED, SHIFT, number, whole
+from runtime.options import COUNT, POSITIVE, QUOTED, SEED, SHIFT, number, whole
 from runtime.prompts import LAYOUTS
 from runtime.shards import LABELS
 from samplers import SOLVERS
@@ -30,7 +30,7 @@ def parse_args(argv=None, parser=argparse.ArgumentParser):
     names = "xl, xl-512, xxl (released, downloaded once), emoji, emoji-text (assets/), or a file"
     add("--ckpt", help=f"{names} (default: xl, or xxl for prompts)")
     add("--weights", choices=["ema", "raw"], default="ema", help="which of a checkpoint's two sets of weights")
-    add("--class", dest="classes", help="name or index, several with commas, or all (default: 207; other models: all)")
+    add("--class", dest="classes", help=f"names or indices{QUOTED}, or all (default: 207; other models: all)")
     add("--list-classes", action="store_true", help="print the classes that the model knows, and stop")
     add("--prompt", action="append", help="a sentence for a text model to draw; may be given several times")
     add("--prompts", help="a file of prompts, one a line or as .jsonl, or a folder of .txt files")

@@ -1,11 +1,14 @@
 """--size auto: what it chooses, that its run is that of the command it prints, and what it refuses."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
-from helpers import assert_same_run, complaint, last, noise_picture, run_script
+from helpers import ROOT, assert_same_run, complaint, last, noise_picture, run_script
 
 from runtime import auto
 from runtime.distributed import Processes
@@ -104,6 +107,22 @@ def test_the_run_is_that_of_the_printed_command_and_both_resume_it_without_timin
     assert last(out)["step"] == 4
     (photos / "16.png").write_bytes((photos / "0.png").read_bytes())
     assert "the pictures are not those of the run so far" in complaint(*ask)
+
+
+def test_of_two_starts_at_once_the_second_is_refused_and_chooses_nothing(photos, tmp_path, monkeypatch):
+    """Started while the first one times its steps. Catches: an auto.json that is not the choice of the run beside it."""
+    ask = ["--size", "auto", "--data", str(photos), "--steps", "2", "--out", str(tmp_path / "run"), *SMALL]
+    second, plain = [], auto.seconds_a_step
+
+    def timed(*arguments):
+        done = subprocess.run([sys.executable, ROOT / "train.py", *ask], capture_output=True, text=True, timeout=300)
+        second.append((done.returncode, done.stderr))
+        return plain(*arguments)
+
+    monkeypatch.setattr(auto, "seconds_a_step", timed)
+    assert run_script("train.py", *ask)[0] == 0 and last(tmp_path / "run")["step"] == 2
+    ((status, stderr),) = second
+    assert status == 1 and f"is in use by process {os.getpid()}" in stderr and stderr.count("\n") == 1
 
 
 def test_what_cannot_be_chosen_for_is_refused_in_a_line(photos, tmp_path, monkeypatch):

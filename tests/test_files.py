@@ -360,6 +360,34 @@ def test_a_script_whose_output_is_closed_does_its_work(tmp_path, closed):
             assert done.stderr.splitlines()[-1] == "-c: a line"
 
 
+def png(width, depth, colour, row, clear):
+    """A PNG of one row of raw bytes; colour: 0 gray, 2 RGB; clear: the samples of its transparent gray or colour."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0))
+    rest = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + head + rest + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (png(4, 2, 0, bytes([0b00011011]), [1]), [0, 255, 170, 255]),
+        (png(4, 2, 0, bytes([0b00011011]), [0]), [255, 85, 170, 255]),
+        (png(2, 4, 0, bytes([0x5A]), [5]), [255, 170]),
+        (png(8, 1, 0, bytes([0b01000000]), [0]), [255] * 8),
+        (png(2, 16, 2, struct.pack(">6H", 0x1234, 0x56, 0, 0x8000, 0x4000, 0x2000), [0x1234, 0x56, 0]), [255, 128]),
+        (png(2, 16, 2, struct.pack(">6H", 0, 5, 0, 0x8000, 0x4000, 0x2000), [0, 5, 0]), [255, 128]),
+    ],
+)
+def test_the_transparent_colour_of_a_png_of_any_depth_becomes_white(content, expected):
+    """Pillow gives it in the file's own bits, and the pixels in 8. Catches: a background that stays black or gray."""
+    picture = np.asarray(read_image("x.png", content))
+    assert picture[0, :, 0].tolist() == expected and (picture[0, 0] == expected[0]).all()
+
+
 def test_the_transparent_gray_of_a_16_bit_png_becomes_white(tmp_path):
     """As that of 8 bits does. Catches: the one gray that a PNG declares transparent staying black."""
     for dtype, clear in ((np.uint8, 0), (np.uint16, 0)):

@@ -10,12 +10,14 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers import ROOT, assert_same_run, command, last, make_class_folder, refuses, run_state, train
 
+from data import open_dataset
 from model import PixNerdConfig
 from runtime import previews, run_folder
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.distributed import Processes
 from runtime.files import UserError
 from runtime.options import OPTIONS
@@ -100,9 +102,6 @@ def test_renamed_classes_are_refused_even_where_changed_data_are_accepted(tmp_pa
 
 def test_the_same_classes_in_another_order_are_numbered_as_in_the_run(tmp_path):
     """A checkpoint whose classes are not sorted, as of another version. Catches: labels of the wrong class."""
-    from data import open_dataset
-    from runtime.checkpoint import save_checkpoint
-
     out, data = tmp_path / "run", make_class_folder(tmp_path / "data", (("apple", 2), ("bird", 2), ("cat", 2)))
     assert train(out, "--steps", 1, "--data", data)[0] == 0
     for name in ("last.pt", "step-00000001.pt"):
@@ -111,6 +110,26 @@ def test_the_same_classes_in_another_order_are_numbered_as_in_the_run(tmp_path):
     assert status == 0 and "another order than in the run so far: numbered as there" in stdout, stderr
     assert last(out)["class_names"] == ["cat", "apple", "bird"] and last(out)["class_counts"] == [2, 2, 2]
     assert open_dataset(data, 32).classes == ["apple", "bird", "cat"]
+
+
+def test_an_evaluation_draws_the_classes_by_the_numbers_of_the_run(tmp_path, monkeypatch, quick_previews):
+    """Of classes of unequal size in another order. Catches: as many samples of food as the data have flags."""
+    out, flags = tmp_path / "run", ("--classes", "flags,food-fruit", "--eval-every", 1, "--eval-num", 128)
+    assert train(out, *flags, "--eval-every", 0, "--steps", 1)[0] == 0
+    counts = last(out)["class_counts"]
+    assert counts[0] > 2 * counts[1]
+    for name in ("last.pt", "step-00000001.pt"):
+        save_checkpoint(out / name, last(out) | {"class_names": ["food-fruit", "flags"]})
+    seen, plain = [], previews.ema_samples
+
+    def watched(ema, labels, *args):
+        seen.append(np.bincount(labels).tolist())
+        return plain(ema, labels, *args)
+
+    monkeypatch.setattr(previews, "ema_samples", watched)
+    status, _, stderr = train(out, *flags, "--steps", 2)
+    assert status == 0 and last(out)["class_counts"] == counts[::-1], stderr
+    assert len(seen) == 2 and seen[0] == seen[1] == counts[::-1]  # the one made up for, and that of step 2
 
 
 def test_the_final_evaluation_and_preview_are_made_up_for_after_a_kill(tmp_path, quick_previews):

@@ -553,7 +553,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it_sound(tmp_path, op
 
 
 def test_weights_that_an_update_made_infinite_are_not_saved(tmp_path, monkeypatch):
-    """The loss and the gradient of the last step were finite. Catches: a last.pt of NaN after a run that "succeeded"."""
+    """The loss and the gradient of the last step were finite. Catches: a last.pt of NaN and exit status 0."""
     assert train(tmp_path / "run", "--steps", 2)[0] == 0
     (lr,) = [option for option in OPTIONS if option.name == "lr"]
     monkeypatch.setattr(lr, "type", float)  # without its range

@@ -29,7 +29,7 @@ def read_image(path, content=None, exif="ignore"):
     """A JPEG, PNG or WEBP file as an RGB picture; gray and palettes are converted, transparency is laid over white.
 
     content: the bytes of the file, if they are not to be read from `path`. Sixteen-bit gray is scaled, where Pillow
-    would clip it. exif: "respect" turns the picture as its EXIF orientation says, "ignore" leaves it as it is stored,
+    would clip it; of 16-bit colours Pillow keeps the upper bytes, and by these the transparent one is known. exif: "respect" turns the picture as its EXIF orientation says, "ignore" leaves it as it is stored,
     as ADM does; an orientation that cannot be read counts as none. UserError, naming the path, for what is not whole.
     """
     try:
@@ -41,6 +41,8 @@ def read_image(path, content=None, exif="ignore"):
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         image.load()
+        if image.format == "PNG" and "transparency" in image.info:
+            image.info["transparency"] = _in_8_bits(image.info["transparency"], image.mode, content[24])
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation)) if exif == "respect" else None
         image = image if turn is None else image.transpose(turn)
         if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion would make everything above 255 white
@@ -59,6 +61,16 @@ def read_image(path, content=None, exif="ignore"):
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable JPEG, PNG or WEBP image ({reason}): repair or remove it")
+
+
+def _in_8_bits(clear, mode, depth):
+    """The gray or colour that a PNG of `depth` bits declares transparent, as Pillow has its pixels in memory."""
+    if mode == "RGB" and depth == 16:
+        return tuple(value >> 8 for value in clear)
+    if mode == "L" and depth in (2, 4):
+        most = 2**depth - 1
+        return (clear & most) * 255 // most
+    return clear
 
 
 def cut_long_sides(image):
