@@ -3,6 +3,7 @@
 FUZZ=100 python -m pytest tests/test_fuzz.py      # 100 times as many cases as by default; SEED=2 for others
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -15,17 +16,18 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from helpers import make_class_folder, noise_picture, run_script, run_state, text_state
+from helpers import QUICK, ROOT, make_class_folder, noise_picture, run_script, run_state, text_state
 from PIL import Image
 
 import app
 from data import open_dataset
-from runtime import page
+from runtime import page, sample_options
 from runtime.asked import Served, controls_of
 from runtime.checkpoint import load_model, save_checkpoint
 from runtime.controls import LABELS, in_words_of_the_page
 from runtime.files import UserError, read_image
 from runtime.models import SHIPPED_FILES
+from runtime.options import make_parser
 from runtime.picture_sets import open_pictures
 
 SCALE, SEED = int(os.environ.get("FUZZ", "1")), int(os.environ.get("SEED", "1"))
@@ -182,19 +184,40 @@ def test_damaged_tars_are_refused_in_one_line_or_read(tmp_path):
 VALUES = ["0", "1", "2", "3", "-1", "0.5", "nan", "inf", "-inf", "1e308", "1e-320", "9" * 30, "9" * 5000, "", " ", "x"]
 VALUES += ["emoji", "all", "a,b", ",", "a:0", "b:2", "16", "16x", "16x32", "x16", "--", "-", "\0", "é", "a" * 300, "%s"]
 LIKELY = ["0", "1", "2", "3", "0.5", "16", "32", "emoji", "auto", "cpu", "fp32", "off", "euler", "a", "x.png", "x.npz"]
+LIKELY += ["words", "a,c", "emoji-text", "a pear", "a100", "h100"]
+
+
+class Listing(argparse.ArgumentParser):
+    """A parser that reads nothing and is returned by parse_args, with all that was added to it."""
+
+    def parse_args(self, argv=None):
+        raise Listed(self)
+
+
+class Listed(Exception):
+    """From a Listing, with the Listing as its argument."""
+
+
+def flags_of(make):
+    """{flag: what it may be followed by: its choices, [] of a switch, None where that is not known} of a parser."""
+    try:
+        parser = make()
+    except Listed as listed:
+        (parser,) = listed.args
+    named = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    known = {action.option_strings[-1]: [] if action.nargs == 0 else action.choices for action in named}
+    return {name: None if choices is None else list(choices) for name, choices in known.items()} | {"--unknown": None}
+
+
+CHOICES = {"train.py": flags_of(make_parser), "sample.py": flags_of(lambda: sample_options.parse_args([], Listing))}
+LIKELY += sorted({value for known in CHOICES.values() for of in known.values() for value in map(str, of or ())})
+# Of a training run that really starts: what costs seconds, what needs the network, and what is given already.
+NOT_STARTED = {"--size", "--recipe", "--data", "--repa", "--dino", "--init", "--eval-ref", "--inception", "--wandb"}
+NOT_STARTED |= {"--compile", "--device", "--out", "--dry-run", "--tensorboard", "--eval-every", "--text-encoder"}
+SMALL = ["1", "2", "4", "0.5", "16", "32"]
 FLAGS = {
-    "train.py": [
-        *("--size", "--data", "--classes", "--resolution", "--patch-size", "--hidden-size", "--depth", "--num-heads"),
-        *("--batch-size", "--micro-batch", "--steps", "--epochs", "--lr", "--ema", "--warmup", "--schedule", "--clip"),
-        *("--seed", "--shift", "--drop-label", "--repa", "--repa-block", "--dino", "--workers", "--timeout", "--keep"),
-        *("--optimizer", "--precision", "--device", "--compile", "--recompute", "--save-every", "--eval-every"),
-        *("--world-size", "--gpu", "--mfu", "--init", "--num-classes", "--weight-decay", "--augment", "--unknown"),
-    ],
-    "sample.py": [
-        *("--class", "--num", "--solver", "--order", "--steps", "--cfg", "--interval", "--shift", "--temperature"),
-        *("--resolution", "--upscale", "--seed", "--batch-size", "--precision", "--compile", "--device", "--out"),
-        *("--gif", "--npz", "--labels", "--weights", "--unknown"),
-    ],
+    "train.py": list(CHOICES["train.py"]),
+    "sample.py": list(CHOICES["sample.py"]),
     "eval_fid.py": [
         *("--features", "--resolution", "--batch-size", "--workers", "--device", "--save-stats", "--json"),
         *("--inception", "--unknown"),
@@ -204,10 +227,26 @@ FLAGS = {
 }
 
 
+def random_flags(draw, script, started=False):
+    """One to three flags with values that are wild, likely, or one of the flag's choices; started: of a tiny run."""
+    names = [name for name in FLAGS[script] if not (started and name in NOT_STARTED)]
+    words = []
+    for name in draw.sample(names, min(draw.choice((1, 1, 1, 2, 3)), len(names))):
+        words.append(name)
+        of, number = CHOICES.get(script, {}).get(name), draw.choice((0, 1, 1, 1, 1, 1, 1, 2))
+        if of is not None and (started or draw.random() < 0.5):
+            words += map(str, draw.sample(of, min(1, len(of))))
+        else:
+            words += draw.sample(SMALL if started else draw.choice((LIKELY, VALUES)), 1 if started else number)
+    return words
+
+
 @pytest.mark.parametrize("script", FLAGS)
-def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monkeypatch, script):
-    """In an empty folder, which a refused command leaves empty. train.py only plans, app.py only lays out its page."""
-    draw, path, accepted = random.Random(SEED), tmp_path / "tiny.pt", 0
+def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monkeypatch, quick_previews, script):
+    """In an empty folder, which a refused command leaves empty. Of train.py's, a fifth start a run of one step, the others
+    only plan; of sample.py's, half draw from sentences; app.py only lays out its page.
+    """
+    draw, path, accepted, runs = random.Random(SEED), tmp_path / "tiny.pt", 0, 0
     save_checkpoint(path, run_state(1))
     sets = [tmp_path / name for name in ("one.npz", "two.npz", "nowhere", "tiny.pt")]
     for i, name in enumerate(sets[:2]):  # as few and as small as the emoji distance takes
@@ -217,7 +256,7 @@ def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monk
         monkeypatch.setitem(SHIPPED_FILES, name, (path, 0.8))
     fixed = {
         "train.py": ["--dry-run"],
-        "sample.py": ["--ckpt", path, "--num", "1", "--steps", "1", "--compile", "off", "--device", "cpu"],
+        "sample.py": ["--num", "1", "--steps", "1", "--compile", "off", "--device", "cpu"],
         "eval_fid.py": ["--features", "emoji", "--device", "cpu"],
         "app.py": ["--port", "39485"],  # until a later one takes its place
         "data.py": [],
@@ -227,23 +266,28 @@ def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monk
         monkeypatch.chdir(here)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-        line = list(map(str, fixed))
+        line, started = list(map(str, fixed)), script == "train.py" and i % 5 == 0
+        if started:
+            line = [*QUICK, "--steps", "1", "--eval-num", "128", "--out", "run"]
+        if script == "sample.py":
+            text = ["--ckpt", str(ROOT / "assets" / "emoji-text.pt"), "--prompt", "a red apple"]
+            line += text[: draw.choice((2, 4, 4))] if i % 2 else ["--ckpt", str(path)]
         if script == "eval_fid.py":
             line += [str(draw.choice(sets)), str(draw.choice(sets))]
-        for flag in draw.sample(FLAGS[script], min(draw.choice((1, 1, 1, 2, 3)), len(FLAGS[script]))):
-            line.append(flag)
-            line += draw.sample(draw.choice((LIKELY, VALUES)), draw.choice((0, 1, 1, 1, 1, 1, 1, 2)))
+        line += random_flags(draw, script, started)
         with bounded():
             status, _, stderr = run_script(script, *line)
         told = stderr.strip().splitlines()
         assert "Traceback" not in stderr and status in (0, 1, 2), (line, stderr)
         if status == 0:
-            accepted += 1
+            accepted, runs = accepted + 1, runs + started
+            assert not started or (here / "run" / "last.pt").exists(), line
             continue
         assert told and told[-1].startswith(f"{script}: "), (line, stderr)
         assert status == 2 or len(told) == 1, (line, stderr)
         assert not [file for file in here.rglob("*") if file.is_file()], line
-    print(f"{script}: {accepted} of {20 * SCALE} command lines accepted, the others refused")
+    assert script != "train.py" or runs
+    print(f"{script}, {runs} runs: {accepted} of {20 * SCALE} command lines accepted, the others refused")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

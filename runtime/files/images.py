@@ -29,8 +29,9 @@ def read_image(path, content=None, exif="ignore"):
     """A JPEG, PNG or WEBP file as an RGB picture; gray and palettes are converted, transparency is laid over white.
 
     content: the bytes of the file, if they are not to be read from `path`. Sixteen-bit gray is scaled, where Pillow
-    would clip it; of 16-bit colours Pillow keeps the upper bytes, and by these the transparent one is known. exif: "respect" turns the picture as its EXIF orientation says, "ignore" leaves it as it is stored,
-    as ADM does; an orientation that cannot be read counts as none. UserError, naming the path, for what is not whole.
+    would clip it; of 16-bit colours Pillow keeps the upper bytes, and the transparent one is known by these alone.
+    exif: "respect" turns the picture as its EXIF orientation says, "ignore" leaves it as it is stored, as ADM does; an
+    orientation that cannot be read counts as none. UserError, naming the path, for what is not whole.
     """
     try:
         content = pathlib.Path(path).read_bytes() if content is None else content
