@@ -13,7 +13,7 @@ import socket
 import numpy as np
 
 from runtime.checkpoint import FORMAT, check_same, checked_config, load_checkpoint, load_weights, save_checkpoint
-from runtime.files import UserError, check_writable, lock_or_refuse, whole_file
+from runtime.files import UserError, check_writable, lock_or_refuse, make_folder, sync_folder, whole_file
 from runtime.options import BEFORE
 from runtime.some_classes import SomeClasses
 
@@ -130,6 +130,8 @@ class RunFolder:
 def save_run(folder, state, keep=2):
     """Saves state as folder/step-N.pt, also called last.pt, and only then prunes to the newest `keep` (at least 2)."""
     path = pathlib.Path(folder) / f"step-{state['step']:08d}.pt"
+    make_folder(path.parent)
+    sync_folder(path.parent)  # or a power cut could leave the checkpoint and take a new metrics.jsonl
     save_checkpoint(path, state)
     name_last(path)
     left_over = path.parent.glob(".tmp-step-*.pt")

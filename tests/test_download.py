@@ -129,6 +129,16 @@ def test_a_length_that_is_no_number_or_not_true_is_no_traceback(server, tmp_path
         assert cached_download(server.url, folder=tmp_path).read_bytes() == BODY
 
 
+def test_a_length_shorter_than_the_body_is_a_truncated_file_which_its_hash_shows(server, tmp_path):
+    """Nobody can see the rest of such a reply, so every published file is fetched with a hash, or has one inside."""
+    server.length = str(len(BODY) // 2)
+    with pytest.raises(UserError, match="its SHA-256 starts with"):
+        cached_download(server.url, sha256_prefix=hashlib.sha256(BODY).hexdigest()[:8], folder=tmp_path)
+    assert not (tmp_path / "weights.pth").exists() and not (tmp_path / "weights.pth.part").exists()
+    server.length = None
+    assert cached_download(server.url, folder=tmp_path).read_bytes() == BODY
+
+
 def test_redirects_are_followed_over_the_network_only_and_not_for_ever(server, tmp_path):
     """With the part that is there. Catches: a reply that makes us copy a file of this machine; a loop."""
     plant_part(tmp_path, BODY[:1000], '"v1"')

@@ -12,6 +12,7 @@ which is as little as POSIX promises; real file systems keep more.
 import itertools
 import os
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from runtime.checkpoint import load_checkpoint
 from runtime.distributed import Processes
 from runtime.files import whole_file
 from runtime.log import Log, cut_metrics
-from runtime.run_folder import load_run, save_run, tidy
+from runtime.run_folder import RunFolder, load_run, save_run, tidy
 
 
 class Recorder:
@@ -61,9 +62,7 @@ class Recorder:
 
     def look(self):
         for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
-            if not entry.is_file():
-                continue
-            inode, content = entry.inode(), pathlib.Path(entry.path).read_bytes()
+            inode, content = entry.inode(), pathlib.Path(entry.path).read_bytes() if entry.is_file() else b""
             if self.names.get(entry.name) != inode:
                 self.names[entry.name] = inode
                 self.ops.append(("name", entry.name, inode))
@@ -171,6 +170,37 @@ def test_after_a_power_cut_in_a_save_the_run_goes_on_from_it_or_from_the_save_be
         assert load_run(folder)[1]["step"] == 4 and not list(folder.glob(".tmp-*.pt"))
     assert reached == {2, 3}
     assert same(load_run(written(tmp_path / "end", disks[-1]))[1], states[3])
+
+
+def test_after_a_power_cut_in_the_first_save_of_a_run_there_is_all_of_it_or_nothing(tmp_path, monkeypatch):
+    """And the same command can start. Catches: half a checkpoint, which would be an error and no start at all."""
+    out, state = tmp_path / "run", run_state(1)
+    out.mkdir()
+    log = Log(out, Processes(), 0, 4, 8)
+    with Recorder(out, monkeypatch) as recorder:
+        log.numbers(1, {"loss": 0.5})
+        save_run(out, state)
+    reached, disks = set(), list(recorder.disks())
+    for i, disk in enumerate(disks):
+        folder = written(tmp_path / f"disk{i}", disk)
+        found = load_run(folder, warn=lambda line: None)
+        assert found is None or same(found[1], state), sorted(disk)
+        cut_metrics(folder / "metrics.jsonl", 1 if found else 0)
+        lines = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+        assert lines.count("\n") == (found is not None)
+        reached.add(found is not None)
+    assert reached == {False, True} and same(load_run(written(tmp_path / "end", disks[-1]))[1], state)
+
+
+def test_a_power_cut_after_the_start_of_a_run_leaves_its_folder(tmp_path, monkeypatch):
+    """Catches: checkpoints that are synced, in a folder whose own name is not."""
+    for inside in (tmp_path, tmp_path / "runs"):
+        with Recorder(inside, monkeypatch) as recorder:
+            RunFolder(tmp_path / "runs" / "one", Processes())
+        made = [i for i, (op, *what) in enumerate(recorder.ops) if op == "name" and what[0] in ("runs", "one")]
+        assert made and ("sync folder",) in recorder.ops[made[-1] :]
+        shutil.rmtree(tmp_path / "runs")
+        (tmp_path / "runs").mkdir()
 
 
 def test_after_a_power_cut_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):

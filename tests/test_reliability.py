@@ -162,7 +162,7 @@ class Job:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {timeout} s:\n{self.text}")
-        deadline = time.monotonic() + 15  # loader workers look for their parent every 5 seconds
+        deadline = time.monotonic() + PATIENCE  # loader workers look for their parent every 5 seconds
         while self.members():
             assert time.monotonic() < deadline, f"left behind: {self.members()}\n{self.text}"
             time.sleep(0.1)
@@ -170,7 +170,7 @@ class Job:
 
     def kill(self):
         """SIGKILL for every process, again until none is left (a fork may be under way)."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while members := self.members():
             assert time.monotonic() < deadline
             for pid in members:
@@ -234,7 +234,8 @@ def whole(tmp_path_factory):
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 # Every call that touches the disk while a checkpoint is written is a point at which all ranks can die: before, between
-# and in the middle of writes, around each fsync, rename, link and removal. `POINTS` has one for each life.
+# and in the middle of writes, around each fsync, rename, link and removal. `POINTS` has one for each life; it comes in
+# the save number `ARMED` of that life, whose calls are noted.
 KILL_IN_A_SAVE = """
 note(f"pid-{RANK}", os.getpid())
 lives = len((HERE / "killed").read_text().splitlines()) if (HERE / "killed").exists() else 0
@@ -249,6 +250,7 @@ def dying(name, plain):
     calls = itertools.count(1)
     def call(*args, **kwargs):
         this = f"{name} {next(calls)}" if armed else None
+        if this: note("calls", this)
         if point == f"before {this}": die(point)
         result = plain(*args, **kwargs)
         if point == f"after {this}": die(point)
@@ -277,19 +279,12 @@ if RANK == 0 and lives < len(POINTS):
     plain_save = runtime.run_folder.save_run
     def save_run(*args):
         global armed
-        armed = next(saves) == 2  # the first save of each life succeeds, or there would never be progress
+        armed = next(saves) == ARMED
         return plain_save(*args)
     runtime.run_folder.save_run = save_run
 """
-CALLS = [
-    f"{when} {call}"
-    for when in ("before", "after")
-    for call in ("fsync 1", "replace 1", "fsync 2", "link 1", "replace 2", "fsync 4", "unlink 4")
-]  # the file, last.pt, pruning
-
-
-# Numbers are places in the file, as a share of its length: the last is in the directory at its end.
-EVERYWHERE = [0.0, 1e-6, *(random.Random(1).random() for _ in range(8)), 0.999999, *CALLS]
+# Places in the file, as a share of its length: the last is in the directory at its end.
+PLACES = [0.0, 1e-6, *(random.Random(1).random() for _ in range(8)), 0.999999]
 
 
 @slow
@@ -298,13 +293,21 @@ def test_killed_in_the_middle_of_a_save_resumes_exactly(tmp_path, whole):
 
     Catches: writing over the newest checkpoint, pruning before the new one is safe, half a file taken for a whole one.
     """
-    steps = 2 * len(EVERYWHERE) + 2
+    look = tmp_path / "look"
+    script = sabotage(look, "POINTS, ARMED = [None], 4", KILL_IN_A_SAVE)  # with keep 2, the third and later ones prune
+    run(look / "run", "--steps", 4, "--save-every", 1, script=script, ranks=1)
+    calls = (look / "calls").read_text().splitlines()
+    calls = [call for call in calls if "unlink" not in call] + calls[-1:]  # of the removals, the one that prunes
+    assert {call.split()[0] for call in calls} == {"fsync", "replace", "link", "unlink"}
+    size = (whole / "last.pt").stat().st_size
+    points = [int(place * size) for place in PLACES]
+    points += [f"{when} {call}" for when in ("before", "after") for call in calls]
+    steps = 2 * len(points) + 2
     reference = copy_of(whole, STEPS, tmp_path / "reference" / "run")
     run(reference, "--steps", steps)
-    size = (whole / "last.pt").stat().st_size
-    points = [int(point * size) if isinstance(point, float) else point for point in EVERYWHERE]
     out = tmp_path / "life" / "run"
-    script = sabotage(out.parent, f"POINTS = {points!r}", KILL_IN_A_SAVE)
+    # The first save of each life succeeds, or there would never be progress.
+    script = sabotage(out.parent, f"POINTS, ARMED = {points!r}, 2", KILL_IN_A_SAVE)
     text = run(
         out,
         "--steps",
@@ -392,7 +395,7 @@ def test_a_frozen_rank_is_an_error_after_the_timeout(tmp_path):
     with Job(tmp_path / "run", "--steps", 10**6, "--save-every", 0, "--timeout", 10) as job:
         job.wait_for_step(3)
         os.kill(job.pid(1), signal.SIGSTOP)
-        assert job.finish(timeout=10 + 30 + 30) != 0
+        assert job.finish() != 0
         assert "train.py: rank 0 lost touch with another process" in job.text, job.text
         assert "imed out" in job.text, job.text
 
@@ -527,7 +530,7 @@ def test_a_killed_loader_worker_is_an_error_that_names_it(tmp_path, ranks):
         rank = 0 if ranks > 1 else None
         worker = job.workers(rank)[0]
         os.kill(worker, signal.SIGKILL)
-        assert job.finish(timeout=60) != 0
+        assert job.finish() != 0
         by_torch = [
             f"DataLoader worker (pid {worker}) is killed by signal: Killed",
             f"DataLoader worker (pid(s) {worker}) exited unexpectedly",
@@ -547,7 +550,7 @@ def test_damaged_checkpoints_found_by_rank_0_end_all_ranks_with_one_line(tmp_pat
     out = tmp_path / "run"
     out.mkdir()
     (out / "step-00000004.pt").write_bytes(b"PK but not really")
-    text = fails(out, "--steps", STEPS, timeout=90)
+    text = fails(out, "--steps", STEPS)
     assert_one_line(text, f"all 1 checkpoints in {out} are damaged")
 
 
@@ -577,6 +580,26 @@ def test_ranks_and_micro_batches_share_the_same_samples(tmp_path, whole, ranks, 
     assert losses(out) == pytest.approx(losses(whole), rel=1e-4)
     for key, value in last(whole)["model"].items():
         torch.testing.assert_close(last(out)["model"][key], value, atol=1e-4, rtol=1e-3)
+
+
+@slow
+def test_buffers_which_never_change_are_not_sent_from_rank_to_rank(tmp_path):
+    """A buffer that is made different on rank 1 stays so. Catches: constants that travel in every forward pass."""
+    fault = """
+import runtime.distributed
+plain_share = runtime.distributed.Processes.share_gradients
+def share(self, module, device):
+    shared = plain_share(self, module, device)
+    buffers.append(next(module.buffers()))
+    buffers[0] += RANK
+    return shared
+buffers = []
+each_step(lambda k, loss: (note(f"buffer-{RANK}", float(buffers[0].mean())), loss)[1])
+runtime.distributed.Processes.share_gradients = share
+"""
+    run(tmp_path / "run", "--steps", 3, script=sabotage(tmp_path, fault))
+    means = [[float(line) for line in (tmp_path / f"buffer-{rank}").read_text().splitlines()] for rank in range(2)]
+    assert means[1] == pytest.approx([mean + 1 for mean in means[0]]) and len(means[0]) == 3
 
 
 @slow

@@ -16,5 +16,5 @@ from runtime.files.errors import UserError, run
 from runtime.files.images import cut_long_sides, read_image, released_crop
 from runtime.files.locks import lock_or_refuse, lock_or_wait
 from runtime.files.picture_index import index_pictures, pictures_below
-from runtime.files.saving import check_writable, sync_folder, whole_file
+from runtime.files.saving import check_writable, make_folder, sync_folder, whole_file
 from runtime.files.weights import load_tensors, load_weights

@@ -15,7 +15,7 @@ def whole_file(path):
     After an error the temporary file is gone and `path` is as it was. Folders are created. Raises OSError.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".tmp-{path.name}")  # keeps the ending, by which Pillow and numpy choose the format
     try:
         yield temporary
@@ -38,12 +38,20 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
+def make_folder(folder):
+    """Creates a folder, and those above it, so that a power cut does not take them with all that is in them. OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
 def check_writable(flag, path, is_folder=False):
     """UserError, before anything is computed, where the file (or folder) that a flag names could not be written."""
     path = pathlib.Path(path)
     probe = (path if is_folder else path.parent) / f".writable-{os.getpid()}"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(probe.parent)
         probe.touch()
         probe.unlink()
     except OSError as error:
