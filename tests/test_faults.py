@@ -110,7 +110,7 @@ class File:
 
 
 def chosen(calls, every=60):
-    """Which of the recorded calls are to fail: some, each kind of call on each file at least once; all of FAULTS=all."""
+    """Which of the recorded calls are to fail: some; each kind of call on each file at least once. FAULTS=all: all."""
     first = {call: number for number, call in reversed(list(enumerate(calls)))}
     return list(range(len(calls))) if ALL else sorted({*range(0, len(calls), every), *first.values()})
 

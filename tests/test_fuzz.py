@@ -243,8 +243,8 @@ def random_flags(draw, script, started=False):
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_random_command_lines_end_with_one_line_or_a_right_result(tmp_path, monkeypatch, quick_previews, script):
-    """In an empty folder, which a refused command leaves empty. Of train.py's, a fifth start a run of one step, the others
-    only plan; of sample.py's, half draw from sentences; app.py only lays out its page.
+    """In an empty folder, which a refused command leaves empty. Of train.py's, a fifth start a run of one step, and the
+    others only plan; of sample.py's, half draw from sentences; app.py only lays out its page.
     """
     draw, path, accepted, runs = random.Random(SEED), tmp_path / "tiny.pt", 0, 0
     save_checkpoint(path, run_state(1))

@@ -86,7 +86,7 @@ def test_so_are_those_of_a_text_model(tmp_path, flags):
 
 
 def test_every_number_of_a_run_has_an_end_in_both_directions():
-    """From the table, so that a new flag is asked too. Catches: a type without a range, or one that lets infinity in."""
+    """From the table, so that no flag is forgotten. Catches: a type without a range, or one that lets infinity in."""
     numbers = [option for option in OPTIONS if callable(option.type) and option.type not in (str, bool)]
     assert len(numbers) > 25 and not [option.name for option in OPTIONS if option.type in (int, float)]
     for option in numbers:

@@ -39,7 +39,7 @@ def sync_folder(folder):
 
 
 def make_folder(folder):
-    """Creates a folder, and those above it, so that a power cut does not take them with all that is in them. OSError."""
+    """Creates a folder, and those above it, so that a power cut does not take them and all that is in them. OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
