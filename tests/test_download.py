@@ -130,7 +130,7 @@ def test_a_length_that_is_no_number_or_not_true_is_no_traceback(server, tmp_path
 
 
 def test_a_length_shorter_than_the_body_is_a_truncated_file_which_its_hash_shows(server, tmp_path):
-    """Nobody can see the rest of such a reply, so every published file is fetched with a hash, or has one inside."""
+    """The rest of such a reply is never read. So every published file is fetched with a hash, or has one inside."""
     server.length = str(len(BODY) // 2)
     with pytest.raises(UserError, match="its SHA-256 starts with"):
         cached_download(server.url, sha256_prefix=hashlib.sha256(BODY).hexdigest()[:8], folder=tmp_path)
