@@ -3,41 +3,29 @@
     python -m experiments.one_step --out step.png                       # on the model in assets/
     python -m experiments.one_step --ckpt runs/Nano/last.pt --picture 40 --time 0.3 --out step.png
 
-It computes what train.training_loss does, but for the dropped label, piece by piece, prints every shape, and draws each
-piece: the picture, the noisy picture, the patch that one token stands for, what that token's field draws in it (its
-velocities, also with four times the pixels a side, as section 4.5 does), the velocity of the whole picture, its target,
-and the clean picture that it points to. Left out: models of other data, of sentences, and without a field.
+It computes what train.training_loss does, but for the dropped label, piece by piece around the model's transformer,
+prints every shape, and draws each piece: the picture, the noisy picture, the patch that one token stands for, what that
+token's field draws in it (its velocities, also with four times the pixels a side, as section 4.5 does), the velocity of
+the whole picture, its target, and the clean picture that it points to. Left out: models of other data, of sentences,
+and without a field.
 """
 
 import argparse
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from data import EMOJI_CLASSES, Emoji, from_uint8, random_stream, to_uint8
 from flow import clean_from_velocity, flow_matching_loss, interpolate, velocity
-from model import patchify, rotary_table, unpatchify
+from model import patchify, unpatchify
 from runtime.files import UserError, run
+from runtime.inside import recorded_tokens
 from runtime.models import find_model
 from runtime.options import FROM_0, SEED, SHARE
 from runtime.pictures import save_picture
 
 SIDE, GAP, CAPTION = 224, 16, 74  # pixels of a panel, between panels, and of the text above one
 DENSER = 4  # pixels of the field where the model was trained with one
-
-
-def written_from(model, patches, t, y):
-    """The trunk, PixNerd.forward up to the decoder: patches (1, L, 3, P*P) -> s (L, D), what a token writes from."""
-    config = model.config
-    h = model.patch_embed(patches.flatten(2))  # (1, L, D)
-    t_emb = model.time_embed(t)  # (1, D)
-    c = F.silu(t_emb + model.class_embed(y)).unsqueeze(1)  # (1, 1, D)
-    rows, columns = config.token_grid(config.resolution, config.resolution)
-    rope = rotary_table(rows, columns, config.hidden_size // config.num_heads)  # (2, L, Dh/2)
-    for block in model.blocks:
-        h = block(h, c, rope)  # (1, L, D)
-    return F.silu(t_emb.unsqueeze(1) + h)[0]  # (L, D)
 
 
 def step_by_hand(model, x, y, t, noise, token):
@@ -48,7 +36,9 @@ def step_by_hand(model, x, y, t, noise, token):
     P, (_, _, H, W) = model.config.patch_size, x.shape
     x_t = interpolate(x, noise, t)  # (1, 3, H, W), Eq. 1
     patches = patchify(x_t, P, P)  # (1, L, 3, P*P)
-    s = written_from(model, patches, t, y)  # (L, D)
+    with recorded_tokens(model) as recorded:
+        model(x_t, t, y)
+    (s,) = recorded  # (L, D), what each token writes its field from
     rgb = patches[0].mT  # (L, P*P, 3), each pixel's noisy colour
     fields = model.decoder(rgb, s, P, P)  # (L, P*P, 3), one field for each token
     v = unpatchify(fields.mT[None], H // P, P, P)  # (1, 3, H, W)
