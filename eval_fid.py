@@ -182,7 +182,7 @@ class Statistics:
 
 
 def describe(pictures, network, device, processes, batch_size=64, keep=None):
-    """Pictures -> {"mu": (D), "sigma": (D, D), "mu_s", "sigma_s": of spatial features, "features": float32 (rows, D)}.
+    """PictureSet -> {"mu": (D), "sigma": (D, D), "mu_s", "sigma_s": of spatial ones, "features": float32 (rows, D)}.
 
     All on the CPU, and the same on all ranks, which share the work. Stored statistics are taken in place of computed
     ones. keep: rows of features (None: all; 0: none, nor is anything computed where statistics are stored).
@@ -250,7 +250,7 @@ def compare(reference, samples, network, device):
 
 
 def judge(reference, samples, network, device, processes):
-    """Two Pictures -> {"fid", "inception_score"} or {"emoji_distance"}, on all ranks: for a model while it trains.
+    """Two PictureSets -> {"fid", "inception_score"} or {"emoji_distance"}, on all ranks: for a model while it trains.
 
     The statistics of the reference are kept in reference.stored for the next time. Raises UserError.
     """

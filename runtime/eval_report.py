@@ -18,7 +18,7 @@ PUBLISHED = {  # paper, ImageNet 256x256 after 160 epochs; FID, sFID, IS
 
 
 def warnings_about(reference, samples, network):
-    """Lines on what a reader of the numbers must know about these Pictures and this network."""
+    """Lines on what a reader of the numbers must know about these PictureSets and this network."""
     if network.title != "FID":
         others = f"others of {samples.count} samples, drawn with the same settings"
         return [f"the {network.title} is not FID: compare it only with {others}"]

@@ -49,7 +49,7 @@ def open_network(features="inception", weights=None):
 
 
 def check_pictures(pictures, network):
-    """UserError for Pictures that the network's distance is not for. network: one, or its class."""
+    """UserError for a PictureSet that the network's distance is not for. network: one, or its class."""
     name, title, (height, width) = pictures.name, network.title, pictures.size
     if pictures.count < network.least:
         raise UserError(f"{name}: the {title} takes at least {network.least} pictures, not {pictures.count}")

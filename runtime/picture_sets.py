@@ -27,7 +27,7 @@ STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": 
 
 
 @dataclasses.dataclass
-class Pictures:
+class PictureSet:
     """One side of the comparison before anything is computed."""
 
     name: str
@@ -41,7 +41,7 @@ class Pictures:
 
 
 def open_pictures(spec, resolution=None, workers=4, exif="ignore"):
-    """spec: an npz, a folder (searched recursively), or "emoji" -> Pictures, after all checks that need no pixels.
+    """spec: an npz, a folder (searched recursively), or "emoji" -> PictureSet, after all checks that need no pixels.
 
     resolution: to which the pictures of a folder are cropped; of the emoji, 32 or 64 (default). workers: threads that
     decode. exif: "respect" turns the pictures of a folder upright. Raises UserError, OSError.
@@ -82,12 +82,12 @@ def open_reference(spec, flag, side, resolution=None, workers=4, exif="ignore"):
 
 
 def pictures_of(dataset, name, workers=4):
-    """Pictures of a data set (data.py says what that is), as they are without augmentation."""
+    """PictureSet of a data set (data.py says what that is), as they are without augmentation."""
     return _from_items(name, range(len(dataset)), dataset.picture, workers)
 
 
 def _from_items(name, items, load, workers):
-    """Pictures that are loaded one by one: load(item) -> uint8 (3, H, W)."""
+    """PictureSet that are loaded one by one: load(item) -> uint8 (3, H, W)."""
     # A fixed shuffle. Folders list one class after the other, which would collapse the Inception Score; and the first
     # pictures, of which eval_fid.py keeps the features, become a fair choice.
     count = len(items)
@@ -107,7 +107,7 @@ def _from_items(name, items, load, workers):
             for start in range(rank * batch_size, count, world * batch_size):
                 yield torch.stack(list(pool.map(load_checked, items[start : start + batch_size])))  # (B, 3, H, W)
 
-    return Pictures(str(name), count, (height, width), _ahead(batches), {})
+    return PictureSet(str(name), count, (height, width), _ahead(batches), {})
 
 
 def _ahead(batches):
@@ -190,14 +190,14 @@ def _stored_statistics(archive, keys):
 
 
 def _from_npz(path):
-    """Pictures of an npz: everything but arr_0 is read now, arr_0 batch by batch when it is asked for."""
+    """PictureSet of an npz: everything but arr_0 is read now, arr_0 batch by batch when it is asked for."""
     with _npz_errors(path), zipfile.ZipFile(path) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
         stored, in_order = _stored_statistics(archive, keys), False
         if "features" in stored:  # by --save-stats: all that a reference needs, without pictures
             count, height, width = _read_array(archive, "size").tolist()
             _check_size(path, count, height, width)
-            return Pictures(str(path), count, (height, width), None, stored)
+            return PictureSet(str(path), count, (height, width), None, stored)
         if "arr_0" not in keys:
             raise UserError(f"{path}: has no arr_0 (it has: {', '.join(keys) or 'nothing'})")
         _, shape, dtype = _open_array(archive, "arr_0")
@@ -224,7 +224,7 @@ def _from_npz(path):
                     images = torch.frombuffer(data, dtype=torch.uint8).view(rows, height, width, 3)
                     yield images.permute(0, 3, 1, 2)  # (B, 3, H, W)
 
-    return Pictures(str(path), count, (height, width), _ahead(batches), stored, in_order)
+    return PictureSet(str(path), count, (height, width), _ahead(batches), stored, in_order)
 
 
 def save_statistics(path, pictures, found):

@@ -6,7 +6,7 @@ the seed: the same picture grows from preview to preview. Left out: previews on 
 
 import torch
 
-from runtime.picture_sets import Pictures
+from runtime.picture_sets import PictureSet
 from runtime.pictures import picture_grid
 from samplers import generate, image_noise, time_grid
 
@@ -49,7 +49,7 @@ def preview(ema, y, seed, device, precision):
 
 
 def ema_samples(ema, labels, num, seed, device, precision, encode=torch.tensor):
-    """`num` EMA samples as Pictures for eval_fid.py, of classes or captions as often as in `labels`, those of the data.
+    """`num` EMA samples as a PictureSet for eval_fid.py, of classes or captions as often as in `labels`, the data's.
 
     encode: turns some of the labels into the condition y (B, ...).
     """
@@ -63,4 +63,4 @@ def ema_samples(ema, labels, num, seed, device, precision, encode=torch.tensor):
             y = encode(labels[numbers.start : numbers.stop])  # (B, ...)
             yield draw(ema, y, numbers, seed, device, precision, **how)  # (B, 3, H, W)
 
-    return Pictures("EMA samples", num, (ema.config.resolution, ema.config.resolution), batches, {})
+    return PictureSet("EMA samples", num, (ema.config.resolution, ema.config.resolution), batches, {})

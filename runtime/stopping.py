@@ -37,7 +37,7 @@ class Stopping:
         return self.decision
 
     def between_batches(self, pictures):
-        """The same runtime.picture_sets.Pictures, whose batches end with Stopped, on all ranks, once a signal came.
+        """The same runtime.picture_sets.PictureSet, whose batches end with Stopped, on all ranks, once a signal came.
 
         For an evaluation, which may take longer than the time between a scheduler's SIGTERM and its SIGKILL.
         """

@@ -30,7 +30,7 @@ from runtime.distributed import Processes
 from runtime.eval_report import PUBLISHED, print_table
 from runtime.feature_networks import check_pictures, open_network
 from runtime.files import UserError
-from runtime.picture_sets import STATISTICS, Pictures, open_pictures, pictures_of
+from runtime.picture_sets import STATISTICS, PictureSet, open_pictures, pictures_of
 
 GOLDEN = np.load(ROOT / "tests/golden/metrics.npz")
 SQRTM = np.load(ROOT / "tests/golden/sqrtm.npz")
@@ -47,12 +47,12 @@ def pictures(count, height=8, width=8, seed=0):
 
 
 def as_pictures(images, name="made here", **changes):
-    """Pictures of uint8 (N, 3, H, W)."""
+    """PictureSet of uint8 (N, 3, H, W)."""
 
     def batches(batch_size, rank=0, world=1):
         yield from images.split(batch_size)[rank::world]
 
-    return Pictures(name, len(images), tuple(images.shape[2:]), batches, **{"stored": {}, **changes})
+    return PictureSet(name, len(images), tuple(images.shape[2:]), batches, **{"stored": {}, **changes})
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_statistics_in_a_file_take_the_place_of_those_of_its_pictures():
     found = describe(as_pictures(images, stored=stored), network, "cpu", ALONE)
     assert all(torch.equal(found[name], value) for name, value in stored.items())
     torch.testing.assert_close(found["features"], network(images)[0])
-    unread = Pictures("statistics", 9, (8, 8), None, stored)  # of --save-stats
+    unread = PictureSet("statistics", 9, (8, 8), None, stored)  # of --save-stats
     assert describe(unread, network, "cpu", ALONE) == stored
 
 
@@ -294,7 +294,7 @@ def test_judge_gives_a_run_its_scores_and_reads_the_reference_once():
         yield from random_pictures(20).split(batch_size)
 
     network, samples = SmallNetwork(), random_pictures(30, seed=1)
-    reference = Pictures("the reference", 20, (8, 8), batches, {})
+    reference = PictureSet("the reference", 20, (8, 8), batches, {})
     first, again = (judge(reference, as_pictures(samples), network, "cpu", ALONE) for _ in range(2))
     assert first == again and list(first) == ["fid", "inception_score"] and reads == [0]
     x, y = network(random_pictures(20))[0].double(), network(samples)[0].double()

@@ -11,7 +11,7 @@ import torch
 from runtime.distributed import Processes
 from runtime.files import UserError
 from runtime.gauges import Gauges
-from runtime.picture_sets import Pictures
+from runtime.picture_sets import PictureSet
 from runtime.stopping import STOPPING, Stopped, Stopping, signals_blocked
 
 
@@ -68,7 +68,7 @@ def test_ranks_vote_equally_often_within_an_evaluation_and_end_it_together(handl
     def batches(batch_size, rank=0, world=1):
         yield from range(rank * batch_size, count, world * batch_size)
 
-    pictures = Pictures("some", count, (8, 8), batches, {})
+    pictures = PictureSet("some", count, (8, 8), batches, {})
     voted, drawn = set(), []
     for rank in range(5):
         votes, until = [], 99
