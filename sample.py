@@ -26,7 +26,7 @@ from runtime.machine import freeze, keep_memory, pick_device, pick_precision
 from runtime.models import IMAGENET_CLASSES, find_model, weights_hash
 from runtime.pictures import check_outputs, check_sides, draw_all, save_all
 from runtime.prompts import check_layout, draw_layout, open_encoder, read_prompts, shared_noise, title_of
-from runtime.sample_options import parse_args, suit
+from runtime.sample_options import check_before_download, parse_args, suit
 from runtime.sampling_cost import check_memory, pick_compile
 from runtime.shards import Shards, check_disk, choose_labels, one_complaint
 from samplers import generate, image_noise, time_grid
@@ -38,8 +38,8 @@ A_WEEK = 7 * 24 * 3600.0  # seconds that a process waits for the others, at the 
 def settings_of(flags, model, device, size):
     """What every file says of its pictures: {name: value} of all `flags` that change them; model: its weights_hash."""
     kept = {name: value for name, value in flags.items() if name not in NO_SETTINGS and value is not None}
-    size = f"{size[0]}x{size[1]}"
-    return kept | {"ckpt": pathlib.Path(flags["ckpt"]).name, "device": device.type, "size": size, "model": model}
+    kept |= {name: pathlib.Path(kept[name]).name for name in ("ckpt", "prompts", "text_encoder") if name in kept}
+    return kept | {"device": device.type, "size": f"{size[0]}x{size[1]}", "model": model}
 
 
 def draw(model, y, numbers, size, seed=0, temperature=1.0, noise_of=image_noise, **how):
@@ -67,6 +67,7 @@ def main():
         if not args.layout:
             check_outputs(args.out, args.gif, args.npz)
         device = pick_device(args.device, processes.local_rank)
+        check_before_download(args)
         model = find_model(args.ckpt, args.weights)
         config, names = model.config, model.class_names
         suit(args, config)
@@ -79,8 +80,6 @@ def main():
             encoder = open_encoder(model, args.text_encoder, args.negative, args.ckpt, device)
             y = None if args.layout else encoder.encode(titles).cpu()  # (T, M, E)
         else:
-            if args.classes is None:
-                args.classes = "207" if len(names) == len(IMAGENET_CLASSES) and not args.npz else "all"
             classes, remarks = find_classes(args.classes, names)
             titles, y = [names[c] for c in classes], torch.tensor(classes)  # (T)
         for remark in remarks + far_from_training(config, size, grid):

@@ -28,7 +28,7 @@ import unicodedata
 
 import torch
 
-from runtime.files import UserError, load_tensors, whole_file
+from runtime.files import UserError, check_writable, load_tensors, whole_file
 
 QWEN3 = "Qwen/Qwen3-1.7B"
 HINT = "give it the encoder that it was trained with (--text-encoder)"  # in messages
@@ -47,11 +47,19 @@ def load_text_encoder(spec, width=None, length=None, device="cpu"):
     """
     if spec == "words":
         return Words(width or 64, length or 16, device)
-    if spec != "qwen3" and not pathlib.Path(spec).is_dir():
-        raise UserError(
-            f"--text-encoder {spec}: there is no such folder; choose words, qwen3 or a folder of a Qwen3 model"
-        )
+    check_text_encoder(spec)
     return Qwen3(spec, width, length or 128, device)
+
+
+def check_text_encoder(spec):
+    """UserError, in no time, for an encoder that `load_text_encoder` could not load: no folder, no transformers."""
+    if spec not in ("words", "qwen3"):
+        if not pathlib.Path(spec).is_dir():
+            choices = "choose words, qwen3 or a folder of a Qwen3 model"
+            raise UserError(f"--text-encoder {spec}: there is no such folder; {choices}")
+        _check_folder(pathlib.Path(spec))
+    if spec != "words":
+        _import_transformers()
 
 
 def open_text_encoder(config, cache=None, device="cpu"):
@@ -61,6 +69,8 @@ def open_text_encoder(config, cache=None, device="cpu"):
     """
     if not hasattr(config, "text_encoder"):
         return None, config
+    if cache:
+        check_writable("--cache-text", cache, is_folder=True)
     encoder = load_text_encoder(config.text_encoder, config.text_width, config.text_length, device)
     config = dataclasses.replace(config, text_encoder=encoder.name)
     return (Cached(encoder, cache) if cache else encoder), config
@@ -162,8 +172,6 @@ class Qwen3:
 
     def __init__(self, spec, width, length, device):
         local = spec != "qwen3"
-        if local:
-            _check_folder(pathlib.Path(spec))
         self.tokenizer, self.model = _load(spec if local else QWEN3, local)
         self.model.requires_grad_(False).eval().to(device)
         if self.tokenizer.pad_token is None:
@@ -195,20 +203,27 @@ class Qwen3:
         return torch.nn.functional.pad(features, (0, self.width - features.shape[-1]))  # (B, M, E)
 
 
-def _load(source, local):
-    """(tokenizer, model in bf16) of a folder, or of a name on Hugging Face. UserError where that cannot be."""
+def _import_transformers():
+    """The package; UserError where it is not installed, or older than Qwen3."""
     try:
         import transformers
-        from transformers import Qwen2Tokenizer, Qwen3Model
+        from transformers import Qwen2Tokenizer, Qwen3Model  # noqa: F401  which it imports only now
+
+        return transformers
     except ImportError as error:
         raise UserError(f"Qwen3 needs the package transformers ({error}): pip install -r requirements-text.txt")
+
+
+def _load(source, local):
+    """(tokenizer, model in bf16) of a folder, or of a name on Hugging Face. UserError where that cannot be."""
+    transformers = _import_transformers()
     transformers.utils.logging.set_verbosity_error()  # what matters of its reports follows below, in a line
     if local:
         transformers.utils.logging.disable_progress_bar()  # a download should show one
     how = dict(dtype=torch.bfloat16, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
     try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(source, local_files_only=local)
-        model, found = Qwen3Model.from_pretrained(source, local_files_only=local, **how)
+        tokenizer = transformers.Qwen2Tokenizer.from_pretrained(source, local_files_only=local)
+        model, found = transformers.Qwen3Model.from_pretrained(source, local_files_only=local, **how)
     except Exception as error:  # noqa: BLE001  transformers and what it builds on have a dozen classes for this
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if local:

@@ -13,8 +13,8 @@ from runtime.files import UserError
 from runtime.flops import forward_flops
 from runtime.inside import DENSITIES
 from runtime.machine import freeze, pick_precision
-from runtime.models import find_model, weights_hash
-from runtime.prompts import open_encoder, title_of
+from runtime.models import RELEASED_CONFIGS, find_model, weights_hash
+from runtime.prompts import check_encoder, open_encoder, title_of
 from runtime.sample_options import flags_for
 from runtime.sampling_cost import check_memory, velocity_flops
 from samplers import SOLVERS, generate, image_noise, time_grid
@@ -27,6 +27,8 @@ class Served:
     """
 
     def __init__(self, name, text_encoder, device):
+        if hasattr(released := RELEASED_CONFIGS.get(name), "text_encoder"):  # before gigabytes of it are downloaded
+            check_encoder(released, text_encoder, name)
         self.name, self.model, self.device = name, find_model(name), device
         self.text = self.model.class_names is None
         self.encoder = open_encoder(self.model, text_encoder, None, name, device) if self.text else None

@@ -8,18 +8,18 @@ samples in one batch, so the bytes are the same for any number of processes; wha
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
 import sys
-import textwrap
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pretrained.text_encoders import fit_encoder, load_text_encoder, refuse_encoder
-from runtime.files import UserError, check_writable, whole_file
+from pretrained.text_encoders import check_text_encoder, fit_encoder, load_text_encoder, refuse_encoder
+from runtime.files import UserError, check_writable, decode, json_lines, whole_file
 from runtime.pictures import save_picture
 from runtime.shards import check_begun
 
@@ -40,18 +40,16 @@ def read_prompts(path):
 
     Raises UserError, which names the file and the line.
     """
-    path = pathlib.Path(path)
+    path, where = pathlib.Path(path), f"--prompts {path}"
     try:
         if path.is_dir():
-            found = [Prompt(_one_line(file), file.stem, "") for file in sorted(path.glob("*.txt"))]
-        elif path.suffix == ".jsonl":
-            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-            found = [_of_json(path, number, line) for number, line in lines if line.strip()]
+            files = [file for file in sorted(path.iterdir()) if file.suffix.lower() == ".txt"]
+            found = [Prompt(_one_line(file), file.stem, "") for file in files]
+        elif path.suffix.lower() == ".jsonl":
+            found = [_of_json(where, *line) for line in json_lines(path.read_bytes(), where)]
         else:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in decode(path.read_bytes(), where).split("\n")]
             found = [Prompt(line, f"{i:05d}", "") for i, line in enumerate(filter(None, lines))]
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts {path} is not a text in UTF-8: save it in that encoding")
     except OSError as error:
         raise UserError(f"--prompts {path} cannot be read ({error.strerror}): give a file or a folder of .txt files")
     if not found:
@@ -62,41 +60,53 @@ def read_prompts(path):
 
 
 def _one_line(file):
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts: {file} is not a text in UTF-8: save it in that encoding")
+    text = decode(file.read_bytes(), f"--prompts: {file}").strip()
     if not text:
         raise UserError(f"--prompts: {file} is empty")
     return " ".join(text.splitlines())
 
 
-def _of_json(path, number, line):
-    try:
-        entry = json.loads(line)
-        text, name = entry["prompt"], entry.get("id", f"{number - 1:05d}")
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"--prompts {path}, line {number}, is not a JSON object with a prompt")
+def _of_json(where, number, line, entry):
+    text, name = entry.get("prompt"), entry.get("id", f"{number - 1:05d}")
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"--prompts {path}, line {number}: the prompt is not a text, or empty")
+        raise UserError(f"{where}, line {number}: its prompt is missing, no text, or blank")
+    if type(name) not in (str, int):
+        raise UserError(f"{where}, line {number}: the id {json.dumps(name)[:40]} is neither a text nor a whole number")
     return Prompt(text, str(name), line)
 
 
 def title_of(prompt):
-    """A prompt as the title of a row of pictures: one short line of printable letters."""
-    line = "".join(letter if letter.isprintable() else " " for letter in prompt)
-    return textwrap.shorten(line, 40, placeholder=" ...") or line[:40]
+    """A prompt as the title of a row of pictures: one line of printable letters, at most 40, cut after a word.
+
+    Where the words are too long for that, as in Chinese, which sets no blanks, it is cut within one.
+    """
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in prompt).split())
+    if len(line) <= 40:
+        return line
+    whole = line[:37].rpartition(" ")[0]
+    return (whole if len(whole) > 18 else line[:36]) + " ..."
+
+
+def check_encoder(config, spec, ckpt):
+    """UserError, before anything large is read, where a text model of `config` has no encoder or is to get another.
+
+    spec: of --text-encoder, or None for what the model asks for. ckpt: the name of the model in messages.
+    """
+    own = config.text_encoder
+    if spec in ("words", "qwen3") and spec != own:
+        refuse_encoder(f"--ckpt {ckpt}", own, spec)
+    if spec is None and own not in ("words", "qwen3"):
+        raise UserError(f"--ckpt {ckpt} reads the features of {own}, a Qwen3 in a folder: name it with --text-encoder")
+    check_text_encoder(spec or own)
 
 
 def open_encoder(model, spec, negative, ckpt, device):
     """The text encoder that `model` was trained with, its null features in the model; UserError for any other.
 
-    spec: of --text-encoder, or None for what the model asks for. negative: a text that takes the place of the empty
-    one, or None. ckpt: the name of the model in messages.
+    spec, ckpt: as in `check_encoder`. negative: a text that takes the place of the empty one, or None.
     """
     config = model.config
-    if spec in ("words", "qwen3") and spec != config.text_encoder:  # told before gigabytes of it are downloaded
-        refuse_encoder(f"--ckpt {ckpt}", config.text_encoder, spec)
+    check_encoder(config, spec, ckpt)
     encoder = load_text_encoder(spec or config.text_encoder, config.text_width, config.text_length, device)
     fit_encoder(model, encoder, f"--ckpt {ckpt}")
     if negative is not None:
@@ -115,7 +125,8 @@ def check_layout(layout, prompts, num, out):
         seen = set()
         for prompt in prompts:
             # The evaluator takes what comes before the first dot for the name.
-            if not re.fullmatch(r"[^./\\\x00-\x1f]{1,200}", prompt.id) or prompt.id in seen:
+            usable = re.fullmatch(r"[^./\\\x00-\x1f\ud800-\udfff]+", prompt.id) and len(prompt.id.encode()) <= 200
+            if not usable or prompt.id in seen:
                 raise UserError(f"--layout dpg: {prompt.id!r} is no file name without a dot, or is there twice")
             seen.add(prompt.id)
 
@@ -129,10 +140,14 @@ def shared_noise(seed, numbers, size):
 def draw_layout(layout, prompts, num, out, draw, settings, steps, processes):
     """Draws `num` samples of each prompt into the folder `out`; every rank its share.
 
-    draw(text, watch) -> uint8 (num, 3, H, W) on the CPU. settings (plain values) stand in OUT.settings.json: UserError
-    if the folder was begun with others. Returns the number of pictures.
+    draw(text, watch) -> uint8 (num, 3, H, W) on the CPU. settings (plain values) stand in OUT.settings.json, but for
+    the size of a batch, which is always `num`, and with the prompts themselves in the place of their file's name:
+    UserError if the folder was begun with others. Returns the number of pictures.
     """
     out = pathlib.Path(out)
+    told = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
+    listed = f"a list of {len(prompts)} with SHA-256 {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    settings = {name: value for name, value in settings.items() if name != "batch_size"} | {"prompts": listed}
     if processes.rank == 0:
         record = out.with_name(out.name + ".settings.json")  # beside it: DPG's evaluator takes every file for a picture
         if not record.exists() and out.exists() and any(out.iterdir()):
@@ -140,6 +155,10 @@ def draw_layout(layout, prompts, num, out, draw, settings, steps, processes):
         check_begun(out, record, settings, "use the same, or choose another --out")
     processes.barrier()
     own = list(enumerate(prompts))[processes.rank :: processes.world]
+    for i, prompt in own if layout == "geneval" else ():
+        if not (path := out / f"{i:05d}" / "metadata.jsonl").exists():
+            with whole_file(path) as temporary:
+                temporary.write_text(prompt.line + "\n", encoding="utf-8", newline="\n")
     missing = [
         (i, prompt) for i, prompt in own if not all(path.exists() for path in _paths(layout, out, i, prompt, num))
     ]
@@ -150,9 +169,6 @@ def draw_layout(layout, prompts, num, out, draw, settings, steps, processes):
             if layout == "dpg":
                 rows = [torch.cat(list(pair), dim=1) for pair in images.split(2)]  # (H, 2W, 3) each
                 images = torch.cat(rows).unsqueeze(0)  # (1, 2H, 2W, 3)
-            else:
-                with whole_file(out / f"{i:05d}" / "metadata.jsonl") as temporary:
-                    temporary.write_text(prompt.line + "\n", encoding="utf-8")
             for path, image in zip(paths, images):
                 save_picture(path, Image.fromarray(image.numpy()))
     processes.barrier()

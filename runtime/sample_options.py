@@ -1,11 +1,13 @@
 """The flags of sample.py, and what each means where it is left out."""
 
 import argparse
+import copy
 
+from runtime.choices import find_classes, find_size
 from runtime.files import UserError
-from runtime.models import SHIPPED_FILES
+from runtime.models import IMAGENET_CLASSES, RELEASED_CONFIGS, SHIPPED_FILES
 from runtime.options import COUNT, POSITIVE, QUOTED, SEED, SHIFT, number, whole
-from runtime.prompts import LAYOUTS
+from runtime.prompts import LAYOUTS, check_encoder, check_layout, read_prompts
 from runtime.shards import LABELS
 from samplers import SOLVERS
 
@@ -60,7 +62,8 @@ def parse_args(argv=None, parser=argparse.ArgumentParser):
     add("--npz", help="instead of pictures, write shuffled arrays for eval_fid.py; the same command resumes")
     add("--labels", choices=LABELS, default="balanced", help="of --npz: equally many, by chance, or as in the data")
     args = parser.parse_args(argv)
-    args.ckpt = args.ckpt or ("xxl" if args.prompt or args.prompts else "xl")
+    sentences = (args.prompt, args.prompts, args.negative, args.text_encoder)
+    args.ckpt = args.ckpt or ("xl" if sentences == (None,) * 4 else "xxl")
     if args.interval and not args.interval[0] < args.interval[1]:
         parser.error("--interval LOW HIGH: LOW must be below HIGH")
     if args.gif_noise and not args.gif:
@@ -95,6 +98,8 @@ def suit(args, config):
     for name, value in (defaults | {"temperature": SHIPPED_FILES[args.ckpt][1] if shipped else 1.0}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if not text and args.classes is None:
+        args.classes = "207" if config.num_classes == len(IMAGENET_CLASSES) and not args.npz else "all"
     what, instead = (
         ("reads sentences", "--prompt") if text else ("knows classes", "--class, or --ckpt emoji-text or xxl")
     )
@@ -106,3 +111,19 @@ def suit(args, config):
         raise UserError(f"--ckpt {args.ckpt} {what}: say what to draw with {instead}")
     if args.negative is not None and args.cfg == 1:
         raise UserError("--negative does nothing without guidance: give a --cfg above 1")
+
+
+def check_before_download(args):
+    """UserError for what is wrong with the flags of a released model, whose file of gigabytes may not be here yet."""
+    args, config = copy.copy(args), RELEASED_CONFIGS.get(args.ckpt)
+    if config is None:
+        return
+    suit(args, config)
+    find_size(config, args.resolution, args.upscale)
+    prompts = read_prompts(args.prompts) if args.prompts else []
+    if args.layout:
+        check_layout(args.layout, prompts, args.num or 4, args.out)
+    if hasattr(config, "text_encoder"):
+        check_encoder(config, args.text_encoder, args.ckpt)
+    else:
+        find_classes(args.classes, IMAGENET_CLASSES)

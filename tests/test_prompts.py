@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -45,6 +46,10 @@ def test_a_prompt_is_drawn_and_kept_in_the_file_with_its_settings(ckpt, tmp_path
     settings = json.loads(Image.open(tmp_path / "a.png").text["settings"])
     assert settings["prompt"] == ["red apple", "blue dog"] and settings["solver"] == ["adams"]
     assert (settings["cfg"], settings["shift"], settings["interval"]) == (2.5, 2.0, [0.0, 1.0])  # of small pictures
+    (tmp_path / "list.txt").write_text("red apple\n")
+    draw(ckpt, tmp_path / "b.png", "--prompts", tmp_path / "list.txt", "--num", 1)
+    settings = json.loads(Image.open(tmp_path / "b.png").text["settings"])
+    assert (settings["prompts"], settings["ckpt"]) == ("list.txt", "text.pt")  # and nothing of its maker's disk
 
 
 def test_a_large_text_model_draws_as_the_released_demo():
@@ -112,6 +117,21 @@ def test_every_prompt_is_drawn_inside_the_folder(ckpt, tmp_path, prompt):
     assert len(title_of(prompt)) <= 40 and title_of(prompt).isprintable()
 
 
+@pytest.mark.parametrize(
+    "prompt, title",
+    [
+        ("a red apple", "a red apple"),
+        ("a cat that sits on a red mat and looks at a dog", "a cat that sits on a red mat and ..."),
+        ("Donaudampfschifffahrtsgesellschaftskapitän", "Donaudampfschifffahrtsgesellschaftsk ..."),
+        ("a " + "x" * 50, "a " + "x" * 34 + " ..."),
+        ("一只猫坐在红色的垫子上" * 5, ("一只猫坐在红色的垫子上" * 5)[:36] + " ..."),
+        ("two\nlines", "two lines"),
+    ],
+)
+def test_a_title_is_cut_after_a_word_or_within_a_long_one(prompt, title):
+    assert title_of(prompt) == title and len(title) <= 40
+
+
 def test_the_released_text_model_is_downloaded_and_asks_for_its_encoder(server, golden, tmp_path, monkeypatch):
     """From a server of this machine, with the golden file's weights: its names, its place, and Qwen3 by name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -148,6 +168,43 @@ def test_a_mistake_is_one_line_that_names_the_flag(ckpt, flags, message):
     assert message in complaint("sample.py", "--ckpt", ckpt, *flags)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--negative blurry", "--ckpt xxl reads sentences: say what to draw with --prompt"),
+        ("--text-encoder nowhere", "--ckpt xxl reads sentences: say what to draw with --prompt"),
+        ("--prompt x --class 3", "--class is not for --ckpt xxl"),
+        ("--prompt x --text-encoder nowhere", "--text-encoder nowhere: there is no such folder"),
+        ("--prompt x --text-encoder words", "reads the text features of qwen3, not those of words"),
+        ("--prompt x --resolution 33", "--resolution 33"),
+        ("--prompt x", "Qwen3 needs the package transformers"),
+        ("--prompts nowhere.txt", "--prompts nowhere.txt cannot be read"),
+        ("--prompts {list} --layout dpg --num 3", "takes 4 images of each prompt"),
+        ("--ckpt xl --prompt x", "--prompt is not for --ckpt xl, which knows classes"),
+        ("--class gibberish", "--class 'gibberish' is unknown"),
+    ],
+)
+def test_flags_are_checked_before_a_released_model_is_downloaded(tmp_path, monkeypatch, flags, message):
+    """Gigabytes later would be late. Without transformers, as on a new machine."""
+
+    def download(*arguments, **how):
+        raise AssertionError("a download before the flags were checked")
+
+    monkeypatch.setattr(models, "cached_download", download)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "list.txt").write_text("a cat\n")
+    words = flags.format(list=tmp_path / "list.txt").split()
+    out = tmp_path / ("out" if "--layout" in words else "out.png")
+    assert message in complaint("sample.py", *words, "--out", out)
+
+
+def test_a_model_of_a_small_qwen3_asks_for_its_folder(tmp_path):
+    state = text_state()
+    save_checkpoint(tmp_path / "text.pt", state | {"config": state["config"] | {"text_encoder": "qwen3-32x2"}})
+    line = complaint("sample.py", "--ckpt", tmp_path / "text.pt", "--prompt", "x")
+    assert "text.pt reads the features of qwen3-32x2, a Qwen3 in a folder: name it with --text-encoder" in line
+
+
 def test_a_prompt_is_refused_by_a_model_of_classes():
     for flags in (["--prompt", "x"], ["--negative", "x"], ["--prompts", "x"]):
         line = complaint("sample.py", "--ckpt", "emoji", *flags)
@@ -173,14 +230,45 @@ def test_prompts_come_from_lines_json_and_folders(tmp_path):
     ]
 
 
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_none_of_the_text(tmp_path):
+    """JSON may hold U+2028 as it is, where Python's splitlines breaks; Windows' editors write a mark and CR LF."""
+    line = '{"prompt": "red\u2028apple"}'
+    (tmp_path / "a.JSONL").write_bytes(f"\ufeff{line}\r\n".encode())
+    assert read_prompts(tmp_path / "a.JSONL") == [Prompt("red\u2028apple", "00000", line)]
+    (tmp_path / "b.txt").write_bytes("\ufeffred apple\r\nblue\x0bdog\n".encode())
+    assert [prompt.text for prompt in read_prompts(tmp_path / "b.txt")] == ["red apple", "blue\x0bdog"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "7.TXT").write_bytes("\ufeffred\napple\n".encode())
+    assert read_prompts(tmp_path / "c")[0].text == "red apple"
+
+
+SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "prompts"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the authors' lists of prompts are not in the repository")
+def test_the_benchmarks_own_lists_are_read_and_fit_their_layouts(tmp_path):
+    """REFERENCE: 553 and 1,065 prompts; each line of GenEval's as it stands in the file, each id of DPG's a name."""
+    geneval, dpg = (read_prompts(SHARED / name) for name in ("geneval_metadata.jsonl", "dpg_prompts.jsonl"))
+    assert (len(geneval), len(dpg)) == (553, 1065)
+    assert "".join(f"{prompt.line}\n" for prompt in geneval) == (SHARED / "geneval_metadata.jsonl").read_text("utf-8")
+    check_layout("geneval", geneval, 4, tmp_path / "geneval")
+    check_layout("dpg", dpg, 4, tmp_path / "dpg")
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ', "a.jsonl, line 2, is not a JSON object with a prompt"),
-        ("a.jsonl", b'\n\n["x"]', "line 3, is not a JSON object with a prompt"),
-        ("a.jsonl", b'{"prompt": 7}', "line 1: the prompt is not a text"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ', "a.jsonl, line 2, is not a JSON object"),
+        ("a.jsonl", b'\n\n["x"]', "line 3, is not a JSON object"),
+        ("a.jsonl", b'{"prompt": "x"}\n' + b"[" * 100_000, "line 2, is not a JSON object"),  # too deep for Python
+        ("a.jsonl", b'{"prompt": 7}', "line 1: its prompt is missing, no text, or blank"),
+        ("a.jsonl", b'{"id": "x"}', "line 1: its prompt is missing, no text, or blank"),
+        ("a.jsonl", b'{"id": 1.5, "prompt": "x"}', "line 1: the id 1.5 is neither a text nor a whole number"),
+        ("a.jsonl", b'{"id": ["x"], "prompt": "x"}', 'the id ["x"] is neither a text nor a whole number'),
+        ("a.jsonl", b'{"id": true, "prompt": "x"}', "the id true is neither a text nor a whole number"),
         ("a.txt", b"\n \n", "holds no prompt"),
-        ("a.txt", "Äpfel".encode("latin-1"), "is not a text in UTF-8"),
+        ("a.txt", "Äpfel".encode("latin-1"), "a.txt is not a text in UTF-8"),
+        ("a.txt", "apple".encode("utf-16-le"), "a.txt is not a text in UTF-8"),
     ],
 )
 def test_a_broken_file_of_prompts_is_told_with_its_line(tmp_path, name, content, message):
@@ -269,6 +357,31 @@ def test_processes_share_the_prompts_and_a_second_run_draws_what_is_missing(tmp_
         draw_layout("dpg", prompts, 4, tmp_path / "three", draw, {"steps": 2}, 1, Alone())
 
 
+def test_a_layout_is_resumed_with_the_prompts_that_it_was_begun_with(tmp_path):
+    """In whatever file they stand: pictures of two lists in one folder would be measured as if of one."""
+    prompts = [Prompt("a red hat", "12", '{"prompt": "a red hat"}'), Prompt("two dogs", "7", '{"prompt": "two dogs"}')]
+
+    def resume(prompts, file="list.jsonl", batch_size=32):
+        settings = {"steps": 1, "prompts": file, "batch_size": batch_size}
+        return draw_layout("geneval", prompts, 4, tmp_path / "out", flat, settings, 1, Alone())
+
+    resume(prompts)
+    resume(prompts, "moved.jsonl", 8)  # neither changes a picture
+    line = (tmp_path / "out" / "00001" / "metadata.jsonl").read_text()
+    for other in (
+        prompts[::-1],
+        prompts[:1],
+        [prompts[0], Prompt("two cats", "7", prompts[1].line)],
+        [prompts[0], Prompt("two dogs", "8", prompts[1].line)],
+        [prompts[0], Prompt("two dogs", "7", '{"tag": "counting", "prompt": "two dogs"}')],
+    ):
+        with pytest.raises(UserError, match="out was begun with prompts='a list of 2 with SHA-256"):
+            resume(other)
+    (tmp_path / "out" / "00001" / "metadata.jsonl").unlink()
+    resume(prompts)
+    assert (tmp_path / "out" / "00001" / "metadata.jsonl").read_text() == line
+
+
 def test_a_layout_from_the_command_line_is_resumed_to_the_same_bytes(ckpt, tmp_path):
     (tmp_path / "list.txt").write_text("red apple\nblue dog\n")
     flags = ["--prompts", tmp_path / "list.txt", "--layout", "geneval"]
@@ -286,6 +399,8 @@ def test_what_an_evaluator_could_not_read_is_refused_before_drawing(tmp_path):
         ("dpg", prompts, 3, "out", "takes 4 images of each prompt"),
         ("dpg", [Prompt("x", "a.b", "")], 4, "out", "'a.b' is no file name without a dot"),
         ("dpg", [Prompt("x", "../a", "")], 4, "out", "is no file name"),
+        ("dpg", [Prompt("x", "\ud800", "")], 4, "out", "is no file name"),
+        ("dpg", [Prompt("x", "象" * 90, "")], 4, "out", "is no file name"),  # 270 bytes
         ("dpg", prompts * 2, 4, "out", "is there twice"),
         ("geneval", prompts, 4, "out.png", "writes a folder"),
     ):
