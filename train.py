@@ -40,7 +40,7 @@ from runtime.models import model_file
 from runtime.optimizers import make_optimizers
 from runtime.options import check_run, class_names, data_settings, identity, parse_args, planned
 from runtime.picture_sets import open_reference, pictures_of
-from runtime.plan import Absent, epochs_to_steps, training_flops
+from runtime.plan import Absent, encoded_share, epochs_to_steps, training_flops
 from runtime.previews import ema_samples, preview, preview_conditions
 from runtime.recompute import RECOMPUTE
 from runtime.run_folder import RunFolder
@@ -198,8 +198,9 @@ def main():
     dataset, config = open_data(args.data, class_names(args.classes), args.num_classes, *opening)
     remark = check_run(args, dataset, config)
     steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size) if args.epochs else args.steps
+    encoded = encoded_share(args.cache_text, len(dataset), steps, args.batch_size)
     if args.dry_run:
-        plan = planned(args, config, world, precision)
+        plan = planned(args, config, world, precision, encoded)
         return processes.say(plan.describe(len(dataset), steps, args.size, args.keep, remark))
     keep_in_memory(dataset, config.resolution, processes.say)
     encoder, config = open_text_encoder(config, args.cache_text, device)
@@ -229,7 +230,7 @@ def main():
     shared = processes.share_gradients(student, device)
 
     peak = processes.world * peak_flops(device)  # FLOP/s, 0 where it is not known
-    flops = training_flops(config, bool(args.repa) and kind.planned, conv)  # per image
+    flops = training_flops(config, bool(args.repa) and kind.planned, conv, encoded)  # per image
     log = Log(args.out, processes, step, steps, args.batch_size, flops, peak)
     log.send_to(args.tensorboard, args.wandb, vars(args) | dataclasses.asdict(config))
     if step < steps:

@@ -300,9 +300,10 @@ def check_run(args, dataset, config):
     return args.init and check_init(args.init, config, args.dry_run)
 
 
-def planned(args, config, world, precision):
-    """The Plan of the run, from its flags."""
+def planned(args, config, world, precision, encoded):
+    """The Plan of the run, from its flags. encoded: of plan.encoded_share."""
     names = ("batch_size", "micro_batch", "recompute", "compile", "optimizer", "gpu", "mfu", "bandwidth")
     repa = bool(args.repa) and teacher_named(args.dino).planned
     how = {name: getattr(args, name) for name in names}
-    return Plan(config, world=world, precision=precision, repa=repa, conv=args.repa_projector == "conv", **how)
+    how |= dict(repa=repa, conv=args.repa_projector == "conv", encoded=encoded)
+    return Plan(config, world=world, precision=precision, **how)

@@ -84,16 +84,23 @@ def reads_qwen3(config):
     return getattr(config, "text_encoder", "words") != "words"
 
 
-def frozen_flops(config, repa=False):
+def encoded_share(cached, images, steps, batch_size):
+    """The share of a run's samples whose caption the text encoder has to read: all, or with --cache-text, its first."""
+    return min(1.0, images / (steps * batch_size)) if cached else 1.0
+
+
+def frozen_flops(config, repa=False, encoded=1.0):
     """(teacher's, text encoder's) FLOPs for one image, one forward pass each: neither has a backward pass.
 
-    46 GFLOP for ViT-B/14 at 224 pixels, 256 tokens, and 361 for 128 text tokens of Qwen3; 0 where there is none.
+    46 GFLOP for ViT-B/14 at 224 pixels, 256 tokens, and 361 for 128 text tokens of Qwen3, of which the share `encoded`
+    counts; 0 where there is none.
     """
     rows, columns = config.token_grid(config.resolution, config.resolution)
     L, T = rows * columns, TEACHER_WIDTH
     patches = 2 * L * 3 * TEACHER_PATCH**2 * T
     blocks = TEACHER_DEPTH * 2 * (L + 1) * (12 * T * T + 2 * (L + 1) * T)  # with the class token
-    return (patches + blocks) * repa, 2 * ENCODER_MATRICES * config.text_length if reads_qwen3(config) else 0
+    encoder = 2 * ENCODER_MATRICES * config.text_length * encoded if reads_qwen3(config) else 0
+    return (patches + blocks) * repa, encoder
 
 
 def projector_size(config, conv=False):
@@ -104,18 +111,18 @@ def projector_size(config, conv=False):
     return weights + biases, 2 * rows * columns * weights
 
 
-def training_flops(config, repa=False, conv=False):
+def training_flops(config, repa=False, conv=False, encoded=1.0):
     """FLOPs of training on one image: three forward passes of the model and, with --repa, of the projector.
 
-    conv: of --repa-projector. What is frozen counts once (`frozen_flops`).
+    conv: of --repa-projector. encoded: of `encoded_share`. What is frozen counts once (`frozen_flops`).
     """
     projector = projector_size(config, conv)[1] * repa
-    return 3 * (forward_flops(config) + projector) + sum(frozen_flops(config, repa))
+    return 3 * (forward_flops(config) + projector) + sum(frozen_flops(config, repa, encoded))
 
 
 @dataclasses.dataclass
 class Plan:
-    """A run, by its flags (bandwidth in GB/s), and what it costs each process; sizes in bytes.
+    """A run, by its flags (bandwidth in GB/s; encoded: of `encoded_share`), and its cost for a process; sizes in bytes.
 
     parameters: trained ones, `projector` of them in that of --repa. flops: of training on one image, what MFU counts.
     repeated: FLOPs per image that --recompute does a second time. weights: with gradients, EMA, the optimizer's
@@ -137,6 +144,7 @@ class Plan:
     gpu: str = None
     mfu: float = MFU
     bandwidth: float = None
+    encoded: float = 1.0
 
     def __post_init__(self):
         config, world = self.config, self.world
@@ -152,7 +160,7 @@ class Plan:
         self.traffic = 8 * self.parameters * (world - 1) / world  # a ring: every piece goes twice around, less a hop
         self.kept = self._activations()
         forward = forward_flops(config)
-        self.flops = training_flops(config, self.repa, self.conv)
+        self.flops = training_flops(config, self.repa, self.conv, self.encoded)
         self.repeated = {"none": 0, "field": decoder_flops(config), "all": forward}[self.recompute]
         self.need = self.weights + self.kept
         self.seconds = self.exchange = self.memory = None
@@ -213,9 +221,9 @@ class Plan:
             lines.append("                    and nothing makes it fit: weights are not sharded here")
         return lines
 
-    def _frozen(self):
+    def _frozen(self, images):
         """The networks that are asked and not trained, in lines."""
-        teacher, encoder = (flops / self.flops for flops in frozen_flops(self.config, self.repa))
+        teacher, encoder = (flops / self.flops for flops in frozen_flops(self.config, self.repa, self.encoded))
         lines = []
         if teacher:
             lines.append(
@@ -224,7 +232,9 @@ class Plan:
         if encoder:
             size = 2 * ENCODER_WEIGHTS / 1e9
             lines.append(f"text encoder        Qwen3-1.7B, frozen: {size:.1f} GB, {encoder:.0%} of the step")
-            lines.append("                    (--cache-text FOLDER encodes each caption once)")
+            kept = 2 * self.config.text_length * self.config.text_width * images / 1e9
+            note = f"keeps {kept:.3g} GB of features" if self.encoded < 1 else "FOLDER encodes each caption once"
+            lines.append(f"                    (--cache-text {note})")
         return lines
 
     def describe(self, images, steps, size, keep, remark=None):
@@ -239,7 +249,7 @@ class Plan:
             f"parameters          {self.parameters / 1e6:.1f} M{projector}",
             f"forward pass        {forward_flops(self.config) / 1e9:.2f} GFLOP per image",
             f"training step       {self.flops * self.batch_size / 1e9:.0f} GFLOP for {self.batch_size} images",
-            *self._frozen(),
+            *self._frozen(images),
             f"data                {images} images per epoch",
             f"run                 {steps} steps, {steps * self.batch_size / images:.1f} epochs",
             f"processes           {self.world}, with {share} images each, {self.micro_batch or share} at a time",

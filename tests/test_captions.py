@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data import TrainingSamples, center_crop, open_dataset, released_crop
-from helpers import noise_picture
+from helpers import ROOT, noise_picture
 from runtime.files import UserError, index_captions
 from runtime.some_classes import HeldOut
 
@@ -84,6 +84,20 @@ def test_the_released_crop_is_the_released_one_to_the_bit(golden):
     for k in range(5):
         crop = released_crop(Image.fromarray(file[f"in_{k}"].numpy()), size)
         assert np.array_equal(np.asarray(crop), file[f"out_{k}"].numpy()), k
+
+
+def test_a_folder_is_read_as_the_released_data_set_reads_it(tmp_path):
+    """Pictures and captions of one golden file, from files to tensors; no blank is taken off a caption."""
+    with np.load(ROOT / "tests" / "golden" / "image_text.npz") as archive:
+        pictures = {key: archive[key] for key in archive.files}
+    texts = [str(pictures[f"text_{k}"]) for k in range(5)]
+    for k, text in enumerate(texts):
+        Image.fromarray(pictures[f"in_{k}"]).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_bytes(text.encode())
+    dataset = open_dataset(tmp_path, int(pictures["resolution"]), captions=True, crop="released")
+    assert dataset.labels == texts and texts[3] == " caption 3\n"
+    for k in range(5):
+        assert np.array_equal(dataset.picture(k).permute(1, 2, 0).numpy(), pictures[f"out_{k}"]), k
 
 
 def test_the_crop_is_chosen_by_name(tmp_path):

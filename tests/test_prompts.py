@@ -2,13 +2,15 @@
 
 import io
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import complaint, run_script, text_state
+from helpers import ROOT, complaint, run_script, text_state
 from PIL import Image
 
 from runtime import models
@@ -58,6 +60,18 @@ def test_a_large_text_model_draws_as_the_released_demo():
     suit(args, PRESETS["XXL"])
     drawn = (args.ckpt, args.solver, args.order, args.steps, args.shift, args.cfg, args.interval, args.temperature)
     assert drawn == ("xxl", ["adams"], 2, 25, 3.0, 4.0, [0.0, 1.0], 1.0)
+
+
+def test_a_film_of_a_prompt_ends_with_its_picture(ckpt, tmp_path):
+    """One frame for each time, the first step included, which guidance leaves alone."""
+    draw(ckpt, tmp_path / "a.png", "--prompt", "red apple", "--num", 1, "--gif", tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 3 and json.loads(film.info["comment"])["prompt"] == ["red apple"]
+        film.seek(2)
+        frame = np.asarray(film.convert("RGB")).astype(int)
+    small = frame[2:-2, 2:-2][16::32, 16::32]  # the middle of each pixel, which is 32 x 32 there
+    assert small.shape == (16, 16, 3)
+    assert np.abs(small - pixels(tmp_path / "a.png")[2:-2, 2:-2]).mean() < 4  # a GIF has 256 colours
 
 
 def test_words_change_the_picture_and_a_batch_does_not(ckpt, tmp_path):
@@ -242,7 +256,7 @@ def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_none_of_the_text(
     assert read_prompts(tmp_path / "c")[0].text == "red apple"
 
 
-SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "prompts"
+SHARED = ROOT.parent / "shared" / "prompts"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the authors' lists of prompts are not in the repository")
@@ -391,6 +405,24 @@ def test_a_layout_from_the_command_line_is_resumed_to_the_same_bytes(ckpt, tmp_p
     (tmp_path / "a" / "00001" / "samples" / "0003.png").unlink()
     draw(ckpt, tmp_path / "a", *flags)
     assert {name: (tmp_path / "a" / name).read_bytes() for name in files(tmp_path / "a")} == before
+
+
+@pytest.mark.slow
+def test_two_processes_write_a_layout_as_one_does(ckpt, tmp_path):
+    """By torchrun, to the byte: each prompt is drawn by one of them, its samples in one batch."""
+    (tmp_path / "list.txt").write_text("red apple\nblue dog\ngreen cat\n")
+    flags = ["--ckpt", ckpt, "--prompts", tmp_path / "list.txt", "--layout", "dpg", *FAST]
+    for number in (1, 2):
+        script = [ROOT / "sample.py", *flags, "--out", tmp_path / f"{number}"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "--"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [str(word) for word in launch + script], capture_output=True, text=True, timeout=600, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = ({name: (tmp_path / n / name).read_bytes() for name in files(tmp_path / n)} for n in "12")
+    assert one == two and len(one) == 3
+    assert (tmp_path / "1.settings.json").read_text() == (tmp_path / "2.settings.json").read_text()
 
 
 def test_what_an_evaluator_could_not_read_is_refused_before_drawing(tmp_path):

@@ -15,6 +15,7 @@ from pretrained.released import export_reference, import_reference, reference_na
 from runtime import checkpoint
 from runtime.checkpoint import FORMAT, load_checkpoint, load_model, save_checkpoint, start_from
 from runtime.files import UserError
+from runtime.prompts import shared_noise
 from runtime.machine import autocast, compiler_trouble, freeze
 from runtime.flops import decoder_flops, forward_flops
 from runtime.recompute import RECOMPUTE
@@ -190,6 +191,31 @@ def test_encoding_of_the_released_training_code_ends_at_the_patchs_side(golden, 
     expected = golden("t2i_resolution")[f"encoding_plain_{side}"]
     assert error(cosine_encoding(side, side, end=side), expected) < 1e-5
     assert error(cosine_encoding(side, side), expected) > 1e-2
+
+
+def test_the_configuration_is_read_off_the_released_weights(released):
+    """cfg.NAME: the arguments of the released constructor."""
+    model, file = released
+    ours = {
+        "patch_size": "patch_size",
+        "num_groups": "num_heads",
+        "hidden_size": "hidden_size",
+        "decoder_hidden_size": "field_width",
+        "num_encoder_blocks": "depth",
+        "num_decoder_blocks": "field_depth",
+        "num_text_blocks": "text_depth",
+        "txt_embed_dim": "text_width",
+        "txt_max_length": "text_length",
+    }
+    theirs = {key[4:]: int(value) for key, value in file.items() if key.startswith("cfg.")}
+    assert theirs.pop("in_channels") == 3
+    assert theirs == {name: getattr(model.config, field) for name, field in ours.items()}
+
+
+def test_the_noise_of_the_released_trajectories_is_that_of_seeds_0_and_1(golden):
+    file = golden("t2i_samplers")
+    assert torch.equal(shared_noise(0, range(2), (32, 48)), file["noise"])
+    assert torch.equal(shared_noise(5, [0], tuple(file["noise_anyres"].shape[2:])), file["noise_anyres"])
 
 
 @pytest.mark.parametrize("name", ["adams2_25_shift3", "euler_20", "adams2_10_shift3_anyres"])

@@ -1,16 +1,18 @@
 """Training on captions: train.py with a text encoder, from the folder of pictures to the checkpoint."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import assert_same_run, command, last, noise_picture, refuses, start, train
+from helpers import assert_same_run, command, last, noise_picture, refuses, run_script, start, train
 from PIL import Image
 
 import text_model
+from pretrained import text_encoders
 from pretrained.text_encoders import Cached, load_text_encoder
 from runtime.checkpoint import load_model
 from runtime.files import UserError
@@ -136,6 +138,33 @@ def test_another_set_of_captions_starts_from_a_text_models_weights(tmp_path, cap
     assert "draws from text, and this run is to draw from classes" in line
 
 
+def test_a_text_model_of_another_resolution_starts_from_the_weights(tmp_path, captioned):
+    """As the released 512 from 256: no weight depends on the number of tokens."""
+    first = run(tmp_path / "small", captioned, "--steps", 2)["ema"]
+    flags = ["--resolution", 32, "--lr", "1e-9", "--init", tmp_path / "small" / "last.pt"]
+    second = run(tmp_path / "large", captioned, "--steps", 1, *flags)
+    assert load_model(tmp_path / "large" / "last.pt").config.resolution == 32
+    assert first.keys() == second["model"].keys()
+    assert all(torch.allclose(second["model"][name], first[name], atol=1e-6) for name in first)
+
+
+def test_a_plan_with_kept_features_reads_each_caption_once(tmp_path):
+    """200 steps of 96 over 1,281,167 captions see none twice; 200,000 see each 15 times."""
+
+    def share(*flags):
+        status, stdout, stderr = run_script("train.py", "--recipe", "text-256", "--batch-size", 96, "--dry-run", *flags)
+        assert status == 0, stderr
+        (line,) = [line for line in stdout.splitlines() if line.startswith("text encoder")]
+        return int(re.search(r"(\d+)% of the step", line)[1]), stdout
+
+    whole, text = share()
+    assert whole >= 15 and "(--cache-text FOLDER encodes each caption once)" in text
+    kept, text = share("--cache-text", tmp_path / "cache")
+    assert 0 < kept <= whole / 10 and "(--cache-text keeps 672 GB of features)" in text
+    assert share("--cache-text", tmp_path / "cache", "--steps", 200)[0] == whole
+    assert not (tmp_path / "cache").exists()  # a plan writes nothing
+
+
 def test_held_out_captions_leave_the_run(tmp_path, captioned):
     (tmp_path / "list.txt").write_text("picture number 3\n")
     run(tmp_path / "run", captioned, "--steps", 1, "--hold-out", tmp_path / "list.txt")
@@ -188,7 +217,14 @@ def test_training_with_kept_features_is_training(tmp_path, captioned):
     flags = ["--data", captioned, *TEXT, "--steps", 2]
     assert train(tmp_path / "run", *flags, "--cache-text", tmp_path / "cache")[0] == 0
     assert len(list((tmp_path / "cache").rglob("*.pt"))) == 8
-    assert "cannot be written" in refuses(tmp_path / "other", *flags, "--cache-text", captioned / "0.txt")
+
+
+def test_a_folder_for_features_is_tried_before_anything_is_encoded(tmp_path, captioned, monkeypatch):
+    """And before the encoder is loaded, which takes minutes of the large one."""
+    flags = ["--data", captioned, *TEXT, "--steps", 2, "--text-encoder", captioned]
+    monkeypatch.setattr(text_encoders, "Qwen3", None)
+    line = refuses(tmp_path / "other", *flags, "--cache-text", captioned / "0.txt")
+    assert f"--cache-text {captioned / '0.txt'} cannot be written" in line
 
 
 # ---- flags and plans -------------------------------------------------------------------------------------------------
@@ -247,4 +283,5 @@ def test_a_plan_counts_the_text_encoder():
     words, qwen3 = (TextPixNerdConfig(text_encoder=name) for name in ("words", "qwen3"))
     assert training_flops(qwen3) - training_flops(words) == pytest.approx(361e9, rel=0.01)
     assert Plan(qwen3, 96).weights - Plan(words, 96).weights == pytest.approx(3.44e9, rel=0.01)
+    assert training_flops(qwen3, encoded=0.1) - training_flops(words) == pytest.approx(36.1e9, rel=0.01)
     assert set(RECIPES) == {"imagenet", "emoji", "emoji-text", "text-256", "text-512", "text-sft"}
