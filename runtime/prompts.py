@@ -96,7 +96,7 @@ def check_encoder(config, spec, ckpt):
     if spec in ("words", "qwen3") and spec != own:
         refuse_encoder(f"--ckpt {ckpt}", own, spec)
     if spec is None and own not in ("words", "qwen3"):
-        raise UserError(f"--ckpt {ckpt} reads the features of {own}, a Qwen3 in a folder: name it with --text-encoder")
+        raise UserError(f"--ckpt {ckpt} reads the text features of {own}: give that Qwen3's folder with --text-encoder")
     check_text_encoder(spec or own)
 
 

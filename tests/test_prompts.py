@@ -216,7 +216,7 @@ def test_a_model_of_a_small_qwen3_asks_for_its_folder(tmp_path):
     state = text_state()
     save_checkpoint(tmp_path / "text.pt", state | {"config": state["config"] | {"text_encoder": "qwen3-32x2"}})
     line = complaint("sample.py", "--ckpt", tmp_path / "text.pt", "--prompt", "x")
-    assert "text.pt reads the features of qwen3-32x2, a Qwen3 in a folder: name it with --text-encoder" in line
+    assert "text.pt reads the text features of qwen3-32x2: give that Qwen3's folder with --text-encoder" in line
 
 
 def test_a_prompt_is_refused_by_a_model_of_classes():
