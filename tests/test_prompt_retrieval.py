@@ -1,8 +1,11 @@
 """Prompt retrieval: the ranks by hand, the held-out names, and the table of a model."""
 
+import json
+
 import pytest
 import torch
-from helpers import complaint, text_state
+from helpers import ROOT, complaint, text_state
+from PIL import Image
 
 from data import ASSETS, open_dataset
 from experiments import prompt_retrieval
@@ -43,6 +46,16 @@ def test_the_invented_prompts_are_forty_and_none_is_a_name_of_the_emoji():
     names = {tuple(words(name)) for name in open_dataset("emoji", 32, captions=True).labels}
     prompts = (ASSETS / "invented_prompts.txt").read_text(encoding="utf-8").splitlines()
     assert len(set(prompts)) == 40 and not [prompt for prompt in prompts if tuple(words(prompt)) in names]
+
+
+def test_the_readmes_row_of_prompts_shows_no_name_of_an_emoji():
+    """The prompts are kept in the picture; docs/text.md has the command that drew it."""
+    names = {tuple(words(name)) for name in open_dataset("emoji", 32, captions=True).labels}
+    with Image.open(ASSETS / "emoji-text.png") as picture:
+        prompts = json.loads(picture.text["settings"])["prompt"]
+    assert len(prompts) == 6 and not [prompt for prompt in prompts if tuple(words(prompt)) in names]
+    page = (ROOT / "docs" / "text.md").read_text(encoding="utf-8")
+    assert all(f'--prompt "{prompt}"' in page for prompt in prompts)
 
 
 def test_an_interrupted_run_goes_on_with_the_names_that_are_missing(tmp_path, monkeypatch):
