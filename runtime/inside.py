@@ -133,15 +133,16 @@ class Inside:
         side = densest * -(-192 // densest)  # a multiple of the sides of all
         height, width = cut[0].shape[1:]
         headings = [f"{patch.shape[1]}x{patch.shape[2]} pixels" for patch in cut]
+        cut = [enlarge(patch[None], side) for patch in cut]  # (1, 3, k*h, k*w) each
         headings[len(DENSITIES) :] = ["linear decoder"] * (len(cut) - len(DENSITIES))
         basis = self.model.decoder.encode(4 * height, 4 * width).float().cpu().T  # (E, 16*h*w)
         features = blocks[-1][0].T  # (Dp, h*w)
         written = torch.stack([matrix for _, w1, w2 in blocks for matrix in (w1, w2.T)])  # (2 * blocks, Dp, r*Dp)
         return {
             "map": self.map(row, column),
-            "densities": picture_grid(torch.cat([enlarge(patch[None], side) for patch in cut]), 1, None, headings, 16),
+            "densities": picture_grid(torch.cat(cut), 1, None, headings, None),
             "basis": picture_grid(gray(basis.unflatten(1, (4 * height, 4 * width))), self.model.decoder.num_freqs),
-            "features": picture_grid(enlarge(gray(features.unflatten(1, (height, width))), 32), 16),
+            "features": picture_grid(enlarge(gray(features.unflatten(1, (height, width))), 64), 8),
             "weights": picture_grid(enlarge(gray(written), 128), 4),
         }
 

@@ -66,12 +66,13 @@ def picture_grid(images, columns=None, titles=None, headings=None, text=10):
     """uint8 images (N, 3, H, W) -> one RGB picture, row by row, with 2 white pixels between; `titles` names the rows.
 
     With `headings` the images are that many groups of equal number, one grid each, side by side under their headings.
-    text: its height in pixels.
+    text: its height in pixels; None: such that it can be read where the whole is as wide as a phone.
     """
-    font = ImageFont.load_default(text)
     panels = len(headings or [""])
     count, _, height, width = len(images) // panels, *images.shape[1:]
     rows, columns = grid_shape(count, columns)
+    text = text or max(16, panels * columns * width // 22)
+    font = ImageFont.load_default(text)
     left = 8 + max(int(font.getlength(title)) for title in titles) if titles else 0
     top = text + 4 if headings else 0
     step = max([columns * (width + GAP), *(int(font.getlength(heading)) + 8 for heading in headings or [])])
@@ -103,8 +104,8 @@ def film_frame(pairs, solvers):
     """
     images = enlarge(torch.cat(pairs).flatten(0, 1), 128)  # (solvers * 2 * N, 3, H, W)
     if len(solvers) == 1:
-        return picture_grid(images, None, None, ["x_t", "predicted clean image"], 16)
-    return picture_grid(images, pairs[0].shape[1], ["x_t", "predicted"], solvers, 16)
+        return picture_grid(images, None, None, ["x_t", "predicted clean image"], None)
+    return picture_grid(images, pairs[0].shape[1], ["x_t", "predicted"], solvers, None)
 
 
 def _notes(settings):
