@@ -72,14 +72,17 @@ def watch_job(send, folder, asked):
 
         return job
 
-    frames = []
+    frames, labels = [], []
     with contextlib.closing(in_step([by(solver) for solver in asked.solvers])) as steps:
         for told in steps:  # (step, time, uint8 (2, N, 3, H, W)) of each solver
             frames.append(film_frame([pair.cpu() for _, _, pair in told], asked.solvers))
+            labels.append("Step {}, time {:.2f}".format(*told[0][:2]))
             send(how_far(asked, asked.solvers, *told[0][:2]) | {"frame": frames[-1]}, needed=False)
     save_film(folder / "film.gif", frames, settings=settings(asked))
-    moment = {"value": len(frames) - 1, "maximum": len(frames) - 1, "interactive": True}
-    send({"film": str(folder / "film.gif"), "moment": moment, "watched": frames, "frame": frames[-1]})
+    last = len(frames) - 1
+    moment = {"value": last, "maximum": last, "interactive": True, "label": labels[-1]}
+    watched = [*zip(labels, frames)]
+    send({"film": str(folder / "film.gif"), "moment": moment, "watched": watched, "frame": frames[-1]})
 
 
 def look_job(send, asked, baseline, number):

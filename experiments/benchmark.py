@@ -273,7 +273,8 @@ def click(address):
     config = json.load(browser.open(f"{address}/config"))
     parts = {part["id"]: part["props"] for part in config["components"]}
     button = next(i for i, part in parts.items() if part.get("elem_id") == "draw")
-    job = next(job for job in config["dependencies"] if [button, "click"] in job["targets"])
+    first = next(job["id"] for job in config["dependencies"] if [button, "click"] in job["targets"])
+    job = next(job for job in config["dependencies"] if job["trigger_after"] == first)  # after its "Waiting ..."
     values = {parts[i]["elem_id"]: parts[i].get("value") for i in job["inputs"]}  # as they first stand
     session = f"{random.getrandbits(64):x}"
     asked = {"data": [*values.values()], "fn_index": job["id"], "session_hash": session, "trigger_id": button}

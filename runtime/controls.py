@@ -35,7 +35,7 @@ LABELS |= {name: row[0].split(" (")[0] for name, row in SLIDERS.items()} | CLASS
 # What the messages of sample.py call otherwise.
 WORDS = {"batch-size": LABELS["num"], "resolution": "Size of the pictures", "upscale": LABELS["pixels"]}
 WORDS |= {"interval": LABELS["low"], "picture": "Number of the picture", "moment": "Step"}
-WORDS |= {"row": "Patch, row", "column": "Patch, column", "time": "Step at which to look"}
+WORDS |= {"row": "Row", "column": "Column", "time": "Step at which to look"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -38,8 +38,19 @@ button { white-space: normal; }
   #gallery .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   #densities img { image-rendering: auto; }
 }
+.dark { --color-accent: var(--primary-400) !important; }
 footer { display: none !important; }
 """
+# For a contrast of 4.5 to 1 between text and what is behind it (WCAG 2, AA), which gradio's own colours miss.
+CONTRAST = {
+    "block_info_text_color": "*neutral_600",
+    "body_text_color_subdued": "*neutral_600",
+    "color_accent": "*primary_700",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+}
 ABOUT = """# PixNerd
 Each token of the transformer writes the weights of a small neural field, and that field draws the token's patch, pixel
 by pixel. **Draw** pictures, **watch** one form, and **look inside** its patches."""
@@ -50,6 +61,9 @@ field knows each pixel's place by these numbers alone. They are the same in all 
 FEATURES = """**What the field makes of them.** The features of this patch's pixels after the field's last block, at the
 chosen time: mixtures of the basis and the noisy colours, by the weights that this patch's token wrote."""
 WEIGHTS = """**What the token wrote.** The two matrices of each block of the field. Middle gray is 0."""
+LIFETIME = 3600  # seconds that films and what was looked into stay in memory, and files on the disk
+WAITING = "Waiting for its turn."
+FULL = "Not done: too many jobs are waiting already. Try again when one is done."
 
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
@@ -59,7 +73,7 @@ def build(models, jobs, controls_of):
     """gr.Blocks. models: names, the first one chosen; controls_of(name): {control: properties} that go with a model.
 
     jobs: functions of (send, folder, *values) by name; values are those of the controls in the order of LABELS, and for
-    "look" a picture's number too. They send a list of frames as "watched", and an `Inside` as "looked".
+    "look" a picture's number too. They send a list of (label, frame) as "watched", and an `Inside` as "looked".
     """
     parts = {}
 
@@ -68,7 +82,7 @@ def build(models, jobs, controls_of):
         parts[name].elem_id = name
         return parts[name]
 
-    with gr.Blocks(title="PixNerd", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+    with gr.Blocks(title="PixNerd", analytics_enabled=False, delete_cache=(600, LIFETIME)) as blocks:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -121,12 +135,14 @@ def _add_draw(add):
 
 
 def _add_watch(add):
-    add("others", gr.CheckboxGroup, list(SOLVERS), label=LABELS["others"], info="other solvers, from the same noise")
+    about = "up to two other solvers, side by side from the same noise"
+    add("others", gr.CheckboxGroup, list(SOLVERS), label=LABELS["others"], info=about)
     add("watch", gr.Button, "Watch", variant="primary")
     _picture(add, "frame", "The picture as it forms")
-    add("moment", gr.Slider, 0, 1, 1, step=1, label="Step (the last one: finished)", interactive=False)
+    about = "from noise, time 0, to the finished picture, time 1"
+    add("moment", gr.Slider, 0, 1, 1, step=1, label="Step", info=about, interactive=False)
     _picture(add, "film", "The film as GIF")
-    add("watched", gr.State, time_to_live=3600)
+    add("watched", gr.State, time_to_live=LIFETIME)
 
 
 def _add_look(add):
@@ -134,8 +150,8 @@ def _add_look(add):
     add("look", gr.Button, "Look inside", variant="primary")
     _picture(add, "map", "The picture: click a patch", buttons=[])
     with gr.Row():
-        add("row", gr.Number, 0, label="Patch, row from 0", precision=0, minimum=0, min_width=120)
-        add("column", gr.Number, 0, label="Patch, column from 0", precision=0, minimum=0, min_width=120)
+        add("row", gr.Number, 0, label="Row (from 0)", precision=0, minimum=0, min_width=120)
+        add("column", gr.Number, 0, label="Column (from 0)", precision=0, minimum=0, min_width=120)
         add("time", gr.Number, 0, label="Step at which to look", precision=0, minimum=0, min_width=120)
     add("patch", gr.Button, "Show this patch")
     gr.Markdown(DENSITY)
@@ -146,7 +162,7 @@ def _add_look(add):
     _picture(add, "features", "Features of the pixels")
     gr.Markdown(WEIGHTS)
     _picture(add, "weights", "Weights that the token wrote")
-    add("looked", gr.State, time_to_live=3600)
+    add("looked", gr.State, time_to_live=LIFETIME)
 
 
 def _answer(function):
@@ -201,17 +217,26 @@ def _connect(parts, jobs, models, controls_of):
     def of(*names):
         return [parts[name] for name in names]
 
-    quiet = dict(show_progress="hidden", api_visibility="private")
-    one = quiet | dict(concurrency_limit=1, concurrency_id="job")  # one job at a time, whichever it is
+    # What is soon done does not wait behind the jobs, nor is it refused where too many wait already.
+    quiet = dict(show_progress="hidden", api_visibility="private", queue=False)
+    one = quiet | dict(queue=True, concurrency_limit=1, concurrency_id="job")  # one job at a time, whichever it is
     controls, place = of(*LABELS), of("looked", "row", "column", "time")
     looks = of("status", "map", "densities", "basis", "features", "weights")
     drawn, watched = of("status", "gallery", "sheet", "command"), of("status", "frame", "moment", "film", "watched")
-    started = [
-        parts["draw"].click(stream(jobs["draw"]), controls, drawn, **one),
-        parts["watch"].click(stream(jobs["watch"]), controls, watched, **one),
-        parts["look"].click(stream(jobs["look"]), controls + of("picture"), [*looks, *place], **one),
-        parts["patch"].click(stream(_patch), place, looks, **one),
-    ]
+    started = []
+
+    def start(event, job, inputs, outputs):
+        """The status is written by the browser, so at once; where the queue refuses the job, the browser says so."""
+        status = parts["status"]
+        waiting = event(None, None, status, js=f"() => '{WAITING}'", **quiet)
+        started.append(waiting.then(stream(job), inputs, outputs, **one))
+        refused = f"status => status == '{WAITING}' ? '{FULL}' : status"
+        started[-1].failure(None, status, status, js=refused, **quiet)  # after Stop, too
+
+    start(parts["draw"].click, jobs["draw"], controls, drawn)
+    start(parts["watch"].click, jobs["watch"], controls, watched)
+    start(parts["look"].click, jobs["look"], controls + of("picture"), [*looks, *place])
+    start(parts["patch"].click, _patch, place, looks)
 
     def clicked(looked, event: gr.SelectData):
         _look_first(looked)
@@ -220,13 +245,16 @@ def _connect(parts, jobs, models, controls_of):
         return looked.place(*event.index)
 
     chosen = parts["map"].select(_answer(clicked), parts["looked"], of("row", "column"), **quiet)
-    started.append(chosen.then(stream(_patch), place, looks, **one))
+    start(chosen.then, _patch, place, looks)
 
     def show(frames, step):
-        return frames[a_number("moment", step, 0, len(frames) - 1)] if frames else None
+        if not frames:
+            raise UserError("watch a picture first")
+        label, frame = frames[a_number("moment", step, 0, len(frames) - 1)]
+        return frame, gr.update(label=label)
 
-    moment = of("watched", "moment")
-    parts["moment"].change(_answer(show), moment, parts["frame"], trigger_mode="always_last", **quiet)
+    seen = of("frame", "moment")
+    parts["moment"].change(_answer(show), of("watched", "moment"), seen, trigger_mode="always_last", **quiet)
     parts["stop"].click(lambda: "Stopped.", None, parts["status"], cancels=started, **quiet)
     changed = of(*controls_of(parts["ckpt"].value))
 
@@ -252,7 +280,7 @@ def serve(blocks, host, port, show):
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # of the machine itself
     off = dict(share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False)
     limits = dict(max_file_size=1, state_session_capacity=16)  # nothing is uploaded
-    look = dict(theme=gr.themes.Default(**fonts), css=CSS, footer_links=[])
+    look = dict(theme=gr.themes.Default(**fonts).set(**CONTRAST), css=CSS, footer_links=[])
     where = dict(server_name=host, server_port=port, inbrowser=show, quiet=True, prevent_thread_lock=True)
     blocks.launch(**where, **look, **off, **limits)
     print(f"The page is at {blocks.local_url} (Ctrl-C ends it).", flush=True)

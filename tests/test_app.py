@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shlex
 import threading
+import time
+import types
 
 import numpy as np
 import pytest
@@ -17,11 +19,12 @@ from runtime import asked as asked_module
 from runtime import page, sampling_cost
 from runtime.asked import Served, controls_of, read
 from runtime.checkpoint import FORMAT, load_model, save_checkpoint
-from runtime.controls import LABELS, in_words_of_the_page
+from runtime.controls import LABELS, SLIDERS, in_words_of_the_page
 from runtime.files import UserError
-from runtime.inside import comparable, field_of_patch
+from runtime.inside import DENSITIES, comparable, field_of_patch
 from runtime.jobs import Stopped, in_step, listen
 from runtime.models import RELEASED_CONFIGS
+from runtime.pictures import film_frame
 from runtime.sample_options import SMALL_TEXT_DEFAULTS
 
 CPU = torch.device("cpu")
@@ -157,6 +160,20 @@ def test_a_text_model_shows_prompts_and_the_defaults_of_sample_py(sentences, mod
         assert visible == {"class": not prompts, "prompt": prompts, "negative": prompts}
 
 
+def test_the_controls_of_the_released_text_model_are_those_of_the_authors_demo():
+    """Defaults and ranges, from its configuration alone; the number of pictures, 1 to 4 there, is 1 to 16 here."""
+    model = types.SimpleNamespace(config=RELEASED_CONFIGS["xxl"], class_names=None)
+    controls = controls_of(types.SimpleNamespace(name="xxl", text=True, model=model))
+    shown = {"solver": "adams", "order": 2, "steps": 25, "cfg": 4.0, "shift": 3.0, "low": 0.0, "high": 1.0}
+    shown |= {"temperature": 1.0, "height": 512, "width": 512, "class": None}
+    assert {name: controls[name]["value"] for name in shown} == shown
+    ranges = {"steps": (1, 100, 1), "order": (1, 4, 1), "cfg": (0.1, 10, 0.1), "shift": (0.1, 5, 0.1)}
+    assert {name: SLIDERS[name][1:] for name in ranges} == ranges and SLIDERS["num"][1:] == (1, 16, 1)
+    visible = {name for name, control in controls.items() if control.get("visible", True)}
+    assert {"prompt", "negative", "height", "width"} <= visible
+    assert not visible & {"class", "rows", "columns", "pixels"}
+
+
 def test_the_patches_of_a_text_model_can_be_looked_into(sentences):
     looked = sent(app.look_job, asked(sentences, {"num": 2}, inside=True), None, 1)["looked"]
     assert [picture.shape[-1] for picture in looked.pictures] == [16, 32, 64]
@@ -277,13 +294,31 @@ def test_a_film_has_every_step_of_every_solver_from_the_same_noise(models, tmp_p
     film = Image.open(tmp_path / "film.gif")
     assert film.n_frames == len(parts["watched"]) == 7 == parts["moment"]["maximum"] + 1
     assert json.loads(film.info["comment"])["steps"] == 6
-    assert parts["frame"] is parts["watched"][-1] and parts["film"] == str(tmp_path / "film.gif")
-    first = np.asarray(parts["watched"][0])
-    last, start = np.asarray(parts["frame"]), first.shape[1] - 522  # after the names of the rows
+    labels, pictures = zip(*parts["watched"])
+    assert parts["frame"] is pictures[-1] and parts["film"] == str(tmp_path / "film.gif")
+    assert [labels[0], labels[3], labels[6]] == ["Step 0, time 0.00", "Step 3, time 0.50", "Step 6, time 1.00"]
+    assert parts["moment"]["label"] == labels[-1]
+    first, last = np.asarray(pictures[0]), np.asarray(parts["frame"])
+    top, start = first.shape[0] - 260, first.shape[1] - 522  # below the headings, after the names of the rows
     panels = [slice(start, start + 260), slice(start + 260, start + 520)]  # one for each solver, two pictures wide
-    assert (first[22:, panels[0]] == first[22:, panels[1]]).all()  # still the same noise
-    assert (last[22:, panels[0]] != last[22:, panels[1]]).any()
+    assert (first[top:, panels[0]] == first[top:, panels[1]]).all()  # still the same noise
+    assert (last[top:, panels[0]] != last[top:, panels[1]]).any()
     assert len({frame.tobytes() for frame in frames if frame}) >= 7
+
+
+@pytest.mark.parametrize("count,solvers", [(1, 1), (4, 1), (1, 3), (4, 3)])
+def test_headings_of_a_film_can_be_read_on_a_phone(count, solvers):
+    """Letters of at least 10 pixels where the picture is 320 wide. Catches: of 3, in a film of three solvers."""
+    pairs = [torch.full((2, count, 3, 32, 32), 255, dtype=torch.uint8)] * solvers
+    frame = film_frame(pairs, ["euler", "adams", "euler-maruyama"][:solvers])
+    top = frame.height - 2 - 130 * (1 if count == solvers == 1 else 2)  # below it, one or two rows of pictures
+    ink = np.flatnonzero((np.asarray(frame)[:top] < 128).any((1, 2)))  # rows of pixels
+    assert (ink.max() - ink.min() + 1) * 320 / frame.width >= 10
+
+
+def test_the_text_about_the_patches_names_the_densities_that_are_drawn():
+    first, *more, last = (str(factor**2) for factor in DENSITIES)
+    assert f"at {', '.join([first, *more])} and {last} times the pixels" in page.DENSITY
 
 
 def test_the_same_tokens_draw_the_same_patch_at_any_density(models):
@@ -459,6 +494,27 @@ def test_a_mistake_in_a_job_reaches_the_page_and_a_report_that_is_late_is_droppe
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------
+
+
+def test_films_leave_the_memory_and_files_the_disk_when_their_time_is_over(monkeypatch, models, tmp_path):
+    pytest.importorskip("gradio")
+    from gradio.route_utils import delete_files_created_by_app
+    from gradio.state_holder import StateHolder
+
+    monkeypatch.setattr(page, "LIFETIME", 1)
+    blocks = page.build(list(models), app.jobs_of(models, 600), lambda name: controls_of(models[name]))
+    kept, states = StateHolder(), [part for part in blocks.blocks.values() if part.elem_id in ("watched", "looked")]
+    kept.set_blocks(blocks)
+    for part in states:
+        kept["a tab"][part._id] = ["frames"]
+    (tmp_path / "x.png").write_bytes(b"a frame")
+    blocks.temp_file_sets.append({str(tmp_path / "x.png")})
+    kept.delete_all_expired_state()
+    assert len(states) == len(kept["a tab"].state_data) == 2
+    time.sleep(1.1)
+    kept.delete_all_expired_state()  # which gradio's server does every second
+    delete_files_created_by_app(blocks, blocks.delete_cache[1])  # and this every ten minutes
+    assert not kept["a tab"].state_data and not (tmp_path / "x.png").exists()
 
 
 def test_without_gradio_the_page_says_what_to_install(monkeypatch, models):

@@ -1,11 +1,13 @@
 """The page of app.py in a real browser, as a person uses it.
 
 Needs requirements-page.txt, requirements-browser.txt and Chromium or Chrome; skipped where one of them is missing. The
-server draws with the shipped model and a tiny one, and its solver "heun" never ends, so that a job is sure to be
+server draws with the shipped model and tiny ones, and its solver "heun" never ends, so that a job is sure to be
 running. Screenshots stay in runs/browser/.
 """
 
+import dataclasses
 import io
+import json
 import os
 import re
 import shlex
@@ -17,10 +19,12 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_script, run_state, text_state
+from helpers import ROOT, TINY, run_script, run_state, text_state
 from PIL import Image
 
-from runtime.checkpoint import save_checkpoint
+from model import PixNerd
+from runtime.checkpoint import FORMAT, save_checkpoint
+from runtime.page import FULL, WAITING
 
 pytestmark = pytest.mark.browser
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -73,13 +77,16 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     save_checkpoint(folder / "tiny.pt", run_state(1))
     save_checkpoint(folder / "text.pt", text_state())
+    linear = dataclasses.replace(TINY, decoder="linear")
+    state = {"format": FORMAT, "config": dataclasses.asdict(linear), "ema": PixNerd(linear).state_dict()}
+    save_checkpoint(folder / "linear.pt", state)
     (folder / "temporary").mkdir()
     command = [sys.executable, "-c", SERVER, ROOT, folder / "asked", "--ckpt", f"{folder}/text.pt,{folder}/tiny.pt"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "temporary")}
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         environment.pop(name, None)
     log = open(folder / "log", "w+")
-    command += ["--port", str(free_port()), "--device", "cpu"]
+    command += ["--port", str(free_port()), "--device", "cpu", "--baseline", folder / "linear.pt", "--limit", "60"]
     # As a shell starts what it puts into the background: deaf to Ctrl-C, and to be ended by a signal all the same.
     how = dict(stdout=log, stderr=log, env=environment, cwd=folder, preexec_fn=ignore_interrupts)
     server = subprocess.Popen([str(word) for word in command], **how)
@@ -118,8 +125,8 @@ def visit(browser, site):
         foreign.append(route.request.url)
         return route.abort()
 
-    def open_window(width=1280):
-        page = browser.new_page(viewport={"width": width, "height": 900})
+    def open_window(width=1280, **how):
+        page = browser.new_page(viewport={"width": width, "height": 900}, **how)
         page.set_default_timeout(WAIT)
         page.route("**/*", watched)
         pages.append(page)
@@ -131,6 +138,33 @@ def visit(browser, site):
     for page in pages:
         page.close()
     assert not foreign, f"the page asked for {foreign}"
+
+
+# Texts with less contrast to what is behind them than WCAG 2 asks for at level AA, switched-off controls aside.
+FAINT = """() => {
+  const brush = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = color => {
+    brush.clearRect(0, 0, 1, 1);
+    brush.fillStyle = color;
+    brush.fillRect(0, 0, 1, 1);
+    return [...brush.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = color => {
+    const [r, g, b] = rgba(color).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = part => {
+    const color = getComputedStyle(part).backgroundColor;
+    return rgba(color)[3] == 255 || !part.parentElement ? color : behind(part.parentElement);
+  };
+  const read = part => part.offsetParent && !part.closest(":disabled") && !["checkbox", "range"].includes(part.type)
+    && (part.value || [...part.childNodes].some(node => node.nodeType == 3 && node.textContent.trim()));
+  return [...document.querySelectorAll("body *")].filter(read).flatMap(part => {
+    const [low, high] = [luminance(getComputedStyle(part).color), luminance(behind(part))].sort((a, b) => a - b);
+    const contrast = (high + 0.05) / (low + 0.05);
+    return contrast < 4.5 ? [`${contrast.toFixed(2)}: ${part.outerHTML.slice(0, 200)}`] : [];
+  });
+}"""
 
 
 def status(page, pattern):
@@ -195,6 +229,16 @@ def by_command(page, folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
 
 
+def join(page, button, values):
+    """Presses a button as another browser does, whose controls have these values: the server's answer."""
+    config = page.request.get(page.url + "config").json()
+    (number,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == button]
+    (first,) = [job["id"] for job in config["dependencies"] if [number, "click"] in job["targets"]]
+    (job,) = [job["id"] for job in config["dependencies"] if job["trigger_after"] == first]
+    asked = {"data": values, "fn_index": job, "session_hash": os.urandom(8).hex(), "trigger_id": number}
+    return page.request.post(page.url + "gradio_api/queue/join", data=asked)
+
+
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
 
@@ -246,9 +290,23 @@ def test_a_stream_brings_several_frames_and_the_slider_goes_back_through_them(vi
     page.wait_for_selector("#film img")
     film = Image.open(io.BytesIO(page.request.get(page.get_attribute("#film img", "src")).body()))
     assert film.format == "GIF" and film.n_frames == 51
+    kept = json.loads(film.info["comment"])
+    assert kept["steps"] == 50 and kept["solver"] == ["euler", "adams"]
     last = page.get_attribute("#frame img", "src")
     fill(page, "moment", "10")
     page.wait_for_function("last => document.querySelector('#frame img').src != last", arg=last)
+    page.get_by_text("Step 10, time 0.20").wait_for()
+
+
+def test_the_downloaded_sheet_keeps_its_settings(visit):
+    page = visit()
+    fill(page, "seed", "7")
+    assert len(draw(page)) == 4
+    with page.expect_download() as download:
+        page.click("#sheet")
+    assert download.value.suggested_filename == "pixnerd.png"
+    sheet = Image.open(download.value.path())
+    assert json.loads(sheet.text["settings"])["seed"] == 7 and sheet.size == (38, 38)
 
 
 def test_a_click_on_a_patch_shows_what_its_token_wrote(visit):
@@ -268,17 +326,36 @@ def test_a_click_on_a_patch_shows_what_its_token_wrote(visit):
     page.wait_for_function("before => document.querySelector('#weights img').src != before", arg=before)
     fill(page, "row", "4")
     press(page, "patch")
-    assert "Patch, row" in status(page, "Not done")
+    assert "“Row” takes a whole number from 0 to 3" in status(page, "Not done")
+
+
+def test_the_linear_baseline_stands_beside_the_field_where_their_models_are_alike(visit):
+    page = visit()
+    tab(page, "Look inside")
+    widths = []
+    for name in ("emoji", "tiny.pt"):
+        choose(page, "ckpt", name)
+        page.wait_for_function("name => document.querySelector('#ckpt input').value.endsWith(name)", arg=name)
+        unfold(page, "Solver and guidance")
+        fill(page, "steps", "3")
+        unfold(page, "Solver and guidance")
+        press(page, "look")
+        status(page, "Done")
+        source = page.get_attribute("#densities img", "src")
+        widths.append(Image.open(io.BytesIO(page.request.get(source).body())).width)
+    assert 3 * 192 < widths[0] < 4 * 192 < widths[1]
 
 
 def test_nonsense_is_answered_by_a_sentence(visit):
     page = visit()
-    page.locator("#seed input").click()
-    page.keyboard.press("Control+A")
-    page.keyboard.type("x")  # which a number's box does not take, so that it is empty
-    page.keyboard.press("Backspace")
-    press(page, "draw")
-    assert "“Seed”" in status(page, "Not done")
+    # A number's box takes no "x", so that it is empty; an "e" may belong to a number.
+    for letters in ("x", "12e"):
+        page.locator("#seed input").click()
+        page.keyboard.press("Control+A")
+        page.keyboard.press("Backspace")
+        page.keyboard.type(letters)
+        press(page, "draw")
+        assert "“Seed” takes a whole number" in status(page, "Not done")
     fill(page, "seed", "1")
     choose(page, "ckpt", "emoji")
     unfold(page, "Size of the pictures")
@@ -286,6 +363,12 @@ def test_nonsense_is_answered_by_a_sentence(visit):
         fill(page, name, "1000000000")
         assert page.locator(f"#{name} input[type=number]").input_value() == most
     unfold(page, "Solver and guidance")
+    fill(page, "num", "16")
+    fill(page, "steps", "100")
+    choose(page, "solver", "heun")  # 18 TFLOP, on one core
+    press(page, "draw")
+    sentence = "Not done: this would take about [0-9,]+ s, and a job may take 60 s: lower “Steps”, .*$"
+    assert "“Number of pictures” or “Pixels along a patch”" in status(page, sentence)
     fill(page, "low", "0.8")
     fill(page, "high", "0.2")
     press(page, "draw")
@@ -315,6 +398,53 @@ def test_a_closed_tab_and_the_stop_button_end_a_job_and_the_page_answers_while_i
     assert len(draw(second)) == 4
 
 
+def test_a_job_says_that_it_waits_and_a_full_queue_refuses_jobs_alone(visit):
+    """Catches: Stop and the choice of a model that wait for a place in the queue, and are refused with the jobs."""
+    first, second = visit(), visit()
+    endless(first)
+    press(second, "draw")
+    status(second, WAITING)
+    press(second, "stop")
+    status(second, "Stopped")
+    answers = [join(second, "patch", [None, 0, 0, 0]).status for _ in range(9)]  # which end as soon as they start
+    assert answers == [200] * 8 + [503]
+    press(second, "draw")
+    status(second, FULL)
+    choose(second, "ckpt", "emoji")
+    second.wait_for_function("document.querySelector('#class input').value.includes('smileys')")
+    press(first, "stop")
+    status(first, "Stopped")
+    unfold(second, "Solver and guidance")
+    fill(second, "steps", "3")
+    assert len(draw(second)) == 4
+
+
+def test_the_page_is_served_to_this_machine_alone_and_no_file_of_it(visit, site):
+    address, folder = site
+    port = int(re.search(r":([0-9]+)", address)[1])
+    for host, answers in (("127.0.0.1", True), ("127.0.0.2", False), (socket.gethostname(), False)):
+        try:  # 127.0.0.2 is this machine too: a server at 0.0.0.0 answers there
+            socket.create_connection((socket.gethostbyname(host), port), 5).close()
+            assert answers or socket.gethostbyname(host) == "127.0.0.1", host
+        except OSError:
+            assert not answers, host
+    page = visit()
+    for path in ("/etc/passwd", ROOT / "README.md", folder / "tiny.pt", "tiny.pt", f"{folder}/temporary/../tiny.pt"):
+        assert page.request.get(f"{address}gradio_api/file={path}").status == 403, path
+
+
+def test_texts_stand_out_from_what_is_behind_them(visit):
+    for scheme in ("light", "dark"):
+        page = visit(color_scheme=scheme)
+        unfold(page, "Solver and guidance")
+        unfold(page, "Size of the pictures")
+        assert draw(page).any()
+        for name in ("Draw", "Watch", "Look inside"):
+            tab(page, name)
+            page.wait_for_timeout(500)  # colours change slowly
+            assert page.evaluate(FAINT) == [], (scheme, name)
+
+
 def test_controls_have_labels_and_nothing_overflows_on_a_phone(visit):
     for width in (1280, 390):
         page = visit(width)
@@ -324,6 +454,8 @@ def test_controls_have_labels_and_nothing_overflows_on_a_phone(visit):
             tab(page, name)
             if name == "Look inside":
                 choose(page, "ckpt", "emoji")
+                page.wait_for_function("document.querySelector('#class input').value.includes('smileys')")
+                fill(page, "steps", "6")
             press(page, job)
             status(page, "Done")
             page.wait_for_timeout(500)
