@@ -71,7 +71,7 @@ def picture_grid(images, columns=None, titles=None, headings=None, text=10):
     panels = len(headings or [""])
     count, _, height, width = len(images) // panels, *images.shape[1:]
     rows, columns = grid_shape(count, columns)
-    text = text or max(16, panels * columns * width // 22)
+    text = text or max(16, panels * columns * width // 20)
     font = ImageFont.load_default(text)
     left = 8 + max(int(font.getlength(title)) for title in titles) if titles else 0
     top = text + 4 if headings else 0
