@@ -55,7 +55,8 @@ def plot(runs, names):
         steps = [line["step"] for line in lines]
         axes[0].plot(steps, [line["loss"] for line in lines], label=name)
         axes[1].plot(*loss_by_time(lines), "o-", label=name)
-        axes[2].plot(steps, [line["images_per_second"] for line in lines], label=name)
+        timed = [line for line in lines if "images_per_second" in line]
+        axes[2].plot([line["step"] for line in timed], [line["images_per_second"] for line in timed], label=name)
     titles = ("loss", f"loss by time, last {LAST:.0%} of the lines", "images per second")
     for axis, title, across in zip(axes, titles, ("step", "t (0: noise, 1: picture)", "step")):
         axis.set(title=title, xlabel=across)

@@ -30,7 +30,8 @@ def find_classes(text, names):
             if re.fullmatch("-?[0-9]+", item):
                 raise UserError(f"--class {item} is out of range: this model knows 0 to {len(names) - 1}")
             near = difflib.get_close_matches(item.lower(), lower, n=3, cutoff=0.5)
-            if len(text.split()) > 2 and not (near and len(near[0].split()) > 1):
+            # "a photo of a cat" is nearest to "hot pot"; a misspelt name of several words is far nearer to its own.
+            if len(text.split()) > 2 and not difflib.get_close_matches(item.lower(), lower, cutoff=0.75):
                 remedy = f"draw it with a text model, as in --ckpt emoji-text --prompt {shlex.quote(text)}"
                 raise UserError(f"--class {text!r} reads like a sentence, and this model knows classes: {remedy}")
             raise UserError(f"--class {item!r} is unknown; did you mean {', '.join(near or names[:10])}?")

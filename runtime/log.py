@@ -110,19 +110,24 @@ class Log:
     def training(self, step, values):
         """Logs {name: mean since the last call} with the speed, and prints the loss.
 
-        images_per_second leaves out what happened within `pause`. mfu, the model FLOPs utilisation, is the share of
+        images_per_second leaves out what happened within `pause`, and is left out itself on a line for nothing but the
+        first step of a start, which may compile. mfu, the model FLOPs utilisation, is the share of
         the GPUs' bf16 peak that went into the arithmetic of training; what --recompute repeats does not count, by
         definition. Where the peak is not known, as on CPUs, the line has no mfu.
         """
         now = time.perf_counter()
         done, elapsed = step - self.step, now - self.since
         self.step, self.since = step, now
+        start = f"step {step}/{self.steps}, loss {values['loss']:.4f}"
+        if step == self.start + 1:
+            self.numbers(step, values)
+            return self.processes.say(f"{start}, {two_digits(elapsed)} s for the first step, which may compile")
         speed = done * self.batch_size / elapsed  # images/s over all processes
         mfu = {"mfu": round(self.flops * speed / self.peak, 4)} if self.peak else {}
         self.numbers(step, values | {"images_per_second": float(f"{speed:.4g}")} | mfu)
         left = datetime.timedelta(seconds=round((self.steps - step) * elapsed / done))
         pace = f"{two_digits(speed)} images/s" + f", {two_digits(elapsed / done)} s a step" * (elapsed >= done)
-        self.processes.say(f"step {step}/{self.steps}, loss {values['loss']:.4f}, {pace}, {left} left")
+        self.processes.say(f"{start}, {pace}, {left} left")
 
     def numbers(self, step, values):
         """Logs a dict of numbers (or lists of them) at a step."""

@@ -15,6 +15,7 @@ from data import CROPS, EMBEDDED
 from model import PRESETS, PixNerdConfig
 from runtime.feature_networks import teacher_named
 from runtime.files import UserError
+from runtime.files.picture_index import FLAT
 from runtime.frequencies import LOSSES
 from runtime.log import require
 from runtime.models import check_init
@@ -287,8 +288,9 @@ def check_run(args, dataset, config):
     """UserError for what can only be told now that the data are known. Returns a remark for the user, or None."""
     if len(dataset) < args.batch_size:
         N, asked = len(dataset), f"--classes {args.classes}" if args.classes else args.data
-        more = "let pictures come more often, as in --classes NAME:4" if dataset.classes else "add pictures"
-        remedy = f"use --batch-size {N} or less, or {more}"
+        name = dataset.classes and dataset.classes[0]  # of a folder without class folders: not one that a user knows
+        often = f", or let them come more often, as in --classes {name}:4"
+        remedy = f"use --batch-size {N} or less, add pictures" + often * bool(args.classes or name and name != FLAT)
         raise UserError(f"{asked} has {N} images per epoch, fewer than --batch-size {args.batch_size}: {remedy}")
     if args.repa and args.repa_block > config.depth:
         raise UserError(f"--repa-block {args.repa_block} is not one of this model's {config.depth} blocks")

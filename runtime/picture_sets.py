@@ -49,6 +49,9 @@ def open_pictures(spec, resolution=None, workers=4, exif="ignore"):
     if str(spec) in EMBEDDED:
         return pictures_of(open_dataset(spec, resolution or 64), spec, workers)
     path = pathlib.Path(spec)
+    if not path.exists():
+        remedy = f"sample.py --ckpt MODEL --num 50000 --npz {spec} makes an npz"
+        raise UserError(f"{spec}: no such file or directory; {remedy}")
     if not path.is_dir():
         return _from_npz(path)
     files = [path / name for name in sorted(pictures_below(os.fspath(path)))]

@@ -47,7 +47,11 @@ def command_lines(text):
     blocks = [line for block in FENCED.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", FENCED.sub("", text))]
     lines = [re.sub(r"^\s*(srun |[A-Z_]+=\S+ |\.venv/bin/)*", "", line) for line in blocks + spans]
-    return [re.sub(r"\s#.*", "", line).strip() for line in lines if re.match(r"(python|torchrun) ", line)]
+    return [
+        re.sub(r"\s#.*", "", line).strip()
+        for line in lines
+        if re.match(r"(python(?! -m (venv|pytest) )|torchrun) ", line)
+    ]
 
 
 def makefile_commands():
@@ -190,18 +194,47 @@ def test_a_version_that_a_page_names_is_the_one_of_requirements_txt():
 
 
 def test_every_recipe_of_the_cluster_page_fits_its_machine(monkeypatch):
-    """Planned as the row's own machine: "8 A100, 40 GB". Catches a recipe for which the card is too small."""
+    """Planned as the row's own machine: "8 A100, 40 GB". Catches too small a card, and numbers that rot."""
     monkeypatch.setattr("runtime.models.cached_download", None)
-    row = r"^\| [^|]+ \| (\d+) A100, (\d+) GB \| `torchrun [^|]*?train.py ([^|`]*)` \|"
+    row = r"^\| [^|]+ \| (\d+) A100, (\d+) GB \| `torchrun [^|]*?train.py ([^|`]*)` \| (.*?) \| (.*?) \| (.*?) days \|$"
     rows = re.findall(row, (ROOT / "docs" / "gpus.md").read_text(), re.MULTILINE)
     assert len(rows) >= 6
-    for world, memory, flags in rows:
-        card = {"80": "a100", "40": "a100-40"}[memory]
-        status, stdout, stderr = run_script(
-            "train.py", *shlex.split(flags), "--dry-run", "--world-size", world, "--gpu", card
-        )
-        assert status == 0 and "GPU-hours" in stdout, stderr
+    for world, memory, flags, *written in rows:
+        stdout = planned_run(world, {"80": "a100", "40": "a100-40"}[memory], shlex.split(flags))
         assert "fit" not in stdout.replace("whether it fits is not checked", ""), flags
+        gigabytes, seconds, days = numbers_of_the_plan(stdout)
+        assert written == [gigabytes, f"{float(seconds):.2f}", days], flags
+
+
+def planned_run(world, card, flags):
+    """What --dry-run prints for some processes on a kind of GPU."""
+    status, stdout, stderr = run_script("train.py", *flags, "--dry-run", "--world-size", world, "--gpu", card)
+    assert status == 0, stderr
+    return stdout
+
+
+def numbers_of_the_plan(stdout):
+    """GB of a process, seconds of a step, days of the run, as --dry-run prints them."""
+    lines = (
+        "memory per process  ([\\d.]+) GB",
+        "one step            ([\\d.]+) s",
+        "whole run           ([\\d.]+) days",
+    )
+    return [re.search(line, stdout)[1] for line in lines]
+
+
+def test_every_other_number_of_the_plan_on_the_cluster_pages_is_what_it_prints():
+    """The excerpt line by line, and what saves memory, for XL on 8 A100."""
+    page, details = ((ROOT / "docs" / name).read_text() for name in ("gpus.md", "gpus_details.md"))
+    (command,) = re.findall(r"^python train.py (.*) --dry-run --world-size 8 --gpu a100$", page, re.MULTILINE)
+    printed = planned_run(8, "a100", shlex.split(command)).splitlines()
+    (excerpt,) = re.findall(r"^An excerpt:\n\n```\n(.*?)\n```", page, re.DOTALL | re.MULTILINE)
+    assert len(excerpt.splitlines()) >= 6 and set(excerpt.splitlines()) <= set(printed)
+    rows = re.findall(r"^\| (?:none|`(--[^`]*)`) \| ([\d.]+) \| ([\d.]+) \|$", details, re.MULTILINE)
+    assert len(rows) == 4
+    for flags, *written in rows:
+        stdout = planned_run(8, "a100", ["--size", "XL", "--repa", "0.5", *shlex.split(flags)])
+        assert written == numbers_of_the_plan(stdout)[:2], flags
 
 
 @pytest.mark.slow

@@ -490,7 +490,10 @@ def test_mistakes_are_one_line_that_names_file_or_flag(tmp_path, weights, emoji_
     (tmp_path / "folder").mkdir()
     emoji, network = ("--features", "emoji"), ("--inception", weights)
     for arguments, message in (
-        ((good, tmp_path / "missing.npz"), "No such file or directory: .*missing.npz"),
+        (
+            (good, tmp_path / "missing.npz"),
+            "missing.npz: no such file or directory; sample.py --ckpt MODEL --num 50000 --npz .*missing.npz",
+        ),
         ((tmp_path / "missing.npz", good), "REFERENCE .*missing.npz: no such file or directory; none is published"),
         ((few, good), "few.npz: the FID takes at least 4 pictures, not 3"),
         ((good, few), "few.npz: the FID takes at least 4 pictures, not 3"),

@@ -144,6 +144,23 @@ def test_mfu_is_useful_work_over_the_peak_and_left_out_where_that_is_unknown(tmp
         log.close(8)
 
 
+def test_the_speed_leaves_out_compilation_also_where_each_step_has_a_line(tmp_path, monkeypatch, capsys):
+    """A first step of 40 s, then one of 2 s. Catches a first speed that is the compiler's, with --log-every 1."""
+    clock = [0.0]
+    monkeypatch.setattr("runtime.log.time.perf_counter", lambda: clock[0])
+    log = Log(tmp_path, Processes(), 4, 8, 8, flops=1e12, peak=64e12)  # a start that resumes
+    for step, seconds in ((5, 40), (6, 2)):
+        clock[0] += seconds
+        log.training(step, {"loss": 1.0})
+        with log.pause():
+            clock[0] += 3
+    first, second = metrics(tmp_path)
+    assert first == {"step": 5, "loss": 1.0} and second["images_per_second"] == 4
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "step 5/8, loss 1.0000, 40 s for the first step, which may compile"
+    assert told[1].endswith("4 images/s, 2 s a step, 0:00:04 left")
+
+
 def test_lists_become_one_number_per_bin_and_empty_bins_none():
     assert flat({"loss": 2.0, "loss_by_time": [1.0, None]}) == {"loss": 2.0, "loss_by_time/0.0": 1.0}
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from helpers import TINY, randomised
+from helpers import TINY, randomised, run_script, train
 from model import PixNerd
 from runtime import machine
 from runtime.files import UserError
@@ -186,3 +186,26 @@ def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch):
 def test_free_memory_is_some_of_the_machines():
     free = machine.available_memory(CPU)
     assert free is None or 1e6 < free < 1e14
+
+
+# ---- Apple's GPUs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs a GPU of Apple's (mps)")
+def test_mps_computes_what_the_cpu_does_and_trains_and_draws(tmp_path):
+    """Has never run where this was written. Catches an operation or a type (float64) that mps lacks."""
+    model, x, t, y = randomised(TINY), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.6]), torch.tensor([0, 2])
+    found = []
+    for device in ("cpu", "mps"):
+        model = model.to(device)
+        model.zero_grad()
+        v = model(x.to(device), t.to(device), y.to(device))
+        v.square().mean().backward()
+        found.append([v.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
+    for got, expected in zip(*reversed(found), strict=True):
+        assert (got - expected).norm() <= 1e-3 * expected.norm() + 1e-6
+    status, _, stderr = train(tmp_path / "run", "--steps", 3, "--device", "mps", "--optimizer", "muon")
+    assert status == 0, stderr
+    flags = ("--ckpt", tmp_path / "run" / "last.pt", "--steps", 3, "--num", 1, "--device", "mps")
+    status, _, stderr = run_script("sample.py", *flags, "--class", "0", "--out", tmp_path / "x.png")
+    assert status == 0 and (tmp_path / "x.png").exists(), stderr

@@ -425,6 +425,15 @@ def test_list_classes_needs_no_download(ckpt, tmp_path, monkeypatch):
     assert len(lines) == 1000 and lines[207] == " 207 golden retriever" and os.listdir(tmp_path) == []
 
 
+def test_a_wrong_class_of_a_released_model_is_told_before_the_download(tmp_path, monkeypatch):
+    """Catches gigabytes that are fetched to say that a sentence is no class."""
+    monkeypatch.setattr(models, "cached_download", None)
+    for ckpt in ([], ["--ckpt", "xl-512"]):
+        line = complaint("sample.py", *ckpt, "--class", "a photo of a cat", "--out", tmp_path / "x.png")
+        assert "reads like a sentence" in line and "--ckpt emoji-text --prompt 'a photo of a cat'" in line
+    assert "did you mean" in complaint("sample.py", "--class", "golden retriver", "--out", tmp_path / "x.png")
+
+
 def test_a_class_named_by_a_number_wins_over_an_index_and_the_ambiguity_is_said(tmp_path):
     save_checkpoint(tmp_path / "x.pt", run_state(1) | {"class_names": ["1", "10", "2"]})
     flags = ["--ckpt", tmp_path / "x.pt", "--num", 1, "--steps", 1, "--out", tmp_path / "x"]

@@ -623,7 +623,11 @@ def test_bad_data_sets_are_named(folder, tmp_path):
     out = tmp_path / "run"
     assert "nowhere" in refuses(out, "--data", tmp_path / "nowhere")
     few = refuses(out, "--data", folder, "--batch-size", 8)
-    assert "6 images per epoch, fewer than --batch-size 8: use --batch-size 6 or less, or" in few
+    remedy = "use --batch-size 6 or less, add pictures, or let them come more often, as in --classes cat:4"
+    assert few.endswith(f"{folder} has 6 images per epoch, fewer than --batch-size 8: {remedy}")
+    flat = refuses(out, "--data", folder / "dog", "--batch-size", 8)
+    remedy = "use --batch-size 3 or less, add pictures"
+    assert flat.endswith(f"{folder / 'dog'} has 3 images per epoch, fewer than --batch-size 8: {remedy}")
     (folder / "dog" / "0.png").write_bytes(b"")
     for workers in (0, 1):
         assert "0.png" in refuses(out, "--data", folder, "--steps", 9, "--workers", workers)
