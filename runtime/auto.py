@@ -19,6 +19,7 @@ from data import EMBEDDED, open_dataset
 from flow import flow_matching_loss, interpolate
 from runtime.checkpoint import build_model
 from runtime.files import UserError, read_image, whole_file
+from runtime.log import two_digits
 from runtime.machine import autocast, pick_device, pick_precision
 from runtime.optimizers import make_optimizers
 from runtime.options import all_flags, class_names, flag, given_flags
@@ -116,8 +117,8 @@ def _choose(given, index, N, num_classes, minutes):
     # The average reaches over the last fifteenth of the run, as the emoji's recipe does; a preview for each sixth.
     ema, every = round(min(max(1 - 15 / steps, 0.9), 0.9999), 4), max(50, steps // 6)
     chosen |= dict(steps=steps, ema=ema, log_every=max(1, steps // 100), save_every=every, preview_every=every)
-    told = f"{N} pictures, {side} pixels, {seconds:.2g} s a step: about {steps / a_minute:.2g} min"
-    better = f"--steps {more}, about {more / a_minute:.2g} min, for better ones"
+    told = f"{N} pictures, {side} pixels, {two_digits(seconds)} s a step: about {two_digits(steps / a_minute)} min"
+    better = f"--steps {more}, about {two_digits(more / a_minute)} min, for better ones"
     return chosen, f"{told}; {better if more > steps else 'more steps would learn them by heart'}"
 
 

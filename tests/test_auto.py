@@ -72,12 +72,14 @@ def test_small_pictures_are_not_blown_up_and_few_are_not_seen_for_ever(photos, m
     assert (more["--resolution"], more["--steps"], more["--batch-size"]) == ("128", "2500", "64")
 
 
-def test_a_longer_time_gives_more_steps_and_flags_that_are_given_stay(photos, monkeypatch):
+def test_a_longer_time_gives_more_steps_and_flags_that_are_given_stay(photos, monkeypatch, capsys):
     def slow(config):
         return 10.0
 
     short, long = (chosen(photos, monkeypatch, slow, "--minutes", m, pictures=64) for m in ("20", "60"))
     assert (short["--steps"], long["--steps"]) == ("110", "320")  # of 10 s: 18 and 54 minutes of training
+    said = capsys.readouterr().out  # and no 1.2e+02 min
+    assert "10 s a step: about 59 min; --steps 640, about 119 min, for better ones" in said
     given = chosen(photos, monkeypatch, slow, "--steps", "7", "--resolution", "96", "--crop", "released", pictures=64)
     assert (given["--steps"], given["--resolution"], given["--patch-size"]) == ("7", "96", "24")
     assert "--augment" not in given and given["--crop"] == "released"
