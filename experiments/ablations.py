@@ -1,16 +1,17 @@
 """The claims of the paper, and three ideas since, repeated on a laptop: paired runs, error bars, docs/evidence.md.
 
-    python -m experiments.ablations --list                      # claims, their rows, and what is done
-    python -m experiments.ablations --claim decoder             # one claim
-    python -m experiments.ablations --claim decoder --seeds 3   # with a fourth seed
-    python -m experiments.ablations --all                       # everything; what is finished is not repeated
-    python -m experiments.ablations --page                      # docs/evidence.md and its plots, from what is stored
+    python -m experiments.ablations --list                            # claims, their rows and minutes, what is done
+    python -m experiments.ablations --claim decoder --out runs/mine   # one claim anew, with a page of its own
+    python -m experiments.ablations --claim decoder --seeds 3         # a fourth seed beside the stored ones
+    python -m experiments.ablations --all                             # everything that is not stored yet
+    python -m experiments.ablations --page                            # docs/evidence.md and its plots, nothing else
 
-A finished run is one line of docs/evidence/runs.jsonl; lines of several machines are joined by appending them. At the
-end the page is written anew from all of them (evidence.py), so no number in it is typed by hand. Two runs of one seed
-see the same pictures, noise, times and dropped labels, since these depend on the seed and the number of the sample only
-(data.py): their difference is of what was changed. claims.py says what is compared, world.py on what, measures.py by
-what. Left out: resuming in the middle of a run, which takes minutes.
+A finished run is one line of docs/evidence/runs.jsonl, and what is stored there is not repeated; another --out starts
+from nothing. Lines of several machines are joined by appending them. At the end the page is written anew from all of
+them (evidence.py), so no number in it is typed by hand. Two runs of one seed see the same pictures, noise, times and
+dropped labels, since these depend on the seed and the number of the sample only (data.py): their difference is of what
+was changed. claims.py says what is compared, world.py on what, measures.py by what. Left out: resuming in the middle of
+a run, which takes minutes.
 """
 
 import argparse
@@ -30,8 +31,8 @@ import torch
 
 from data import open_dataset
 from experiments.benchmark import guided, timings
-from experiments.claims import CLAIMS, COSTS, DRAWN, NOT_HERE, ROWS, SIZES, SOLVERS, TRAINING, USUAL, bases_of
-from experiments.evidence import EVIDENCE, PAGE, strip_file, write_page
+from experiments.claims import CLAIMS, COSTS, DRAWN, NOT_HERE, ROWS, SHOWN, SOLVERS, TRAINING, USUAL, bases_of
+from experiments.evidence import EVIDENCE, PAGE, minutes, strip_file, write_page
 from experiments.evidence_plots import write_plots
 from experiments.measures import border_ratio, emoji_distance, features, held_out_loss, paired_bootstrap, time_mass
 from experiments.world import Study, resized, training_and_held_out, write_split
@@ -325,9 +326,9 @@ def do(names, seeds, study, runs):
 
 
 def listing(runs, study, seeds):
-    """Each claim with its rows, and of each the seeds that are finished."""
+    """Each claim with the minutes of its stored runs, its rows, and of each row the seeds that are finished."""
     for key, claim in CLAIMS.items():
-        print(f"{key}: {claim.title}")
+        print(f"{key}: {claim.title} ({minutes(claim, runs.of(study)):.0f} minutes stored)")
         for name in claim.rows():
             done = [seed for seed in dict.fromkeys(seeds) if runs.find(name, seed, study)]
             print(f"    {name}: seeds done {done or 'none'}")
@@ -335,8 +336,11 @@ def listing(runs, study, seeds):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description="Repeat the claims of the paper on a laptop.")
-    parser.add_argument("--list", action="store_true", help="what there is, and what is done")
+    parser = argparse.ArgumentParser(
+        description="Repeat the claims of the paper on a laptop. A run that is stored in docs/evidence/ counts as "
+        "done; --out runs/mine repeats it. --list says how many minutes each claim took."
+    )
+    parser.add_argument("--list", action="store_true", help="what there is, how long it took, and what is done")
     parser.add_argument("--claim", nargs="+", choices=CLAIMS, default=[], help="do these")
     parser.add_argument(
         "--rows", nargs="+", choices=[*ROWS, *DRAWN, *COSTS], metavar="ROW", default=[], help="do these runs"
@@ -345,7 +349,9 @@ def main():
     parser.add_argument("--page", action="store_true", help="write the page and its plots from what is stored")
     parser.add_argument("--split", action="store_true", help="write experiments/held_out.txt again")
     parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="of rows that train (default: 0 1 2)")
-    parser.add_argument("--out", default=PAGE.parent, help="folder of evidence.md and evidence/ (default: docs)")
+    parser.add_argument(
+        "--out", default=PAGE.parent, help="folder of evidence.md and evidence/ with the runs (default: docs)"
+    )
     args = parser.parse_args()
     runs, study = Runs(pathlib.Path(args.out) / "evidence"), Study()
     if min(args.seeds) < 0:

@@ -103,6 +103,8 @@ for side in (48, 64):
     SIZES[f"{side} pixels, more tokens"] = {"side": side}
     SIZES[f"{side} pixels, denser"] = {"side": side, "tokens": (4, 4)}
 DRAWN = OF_CLASSES | OF_TEXT | GUIDED | SIZES
+# Rows of which samples are kept: with more evaluations than 10, those of the solvers look like the finest.
+SHOWN = {*SIZES, *GUIDED} | {name for name in OF_CLASSES | OF_TEXT if name.endswith(("finest", " 10", " 5"))}
 COSTS = {"XL/16": PRESETS["XL"]}  # models whose time for one evaluation is measured, on random weights
 
 # ---- claims ----------------------------------------------------------------------------------------------------------
@@ -113,18 +115,27 @@ class Claim:
     """A claim: what the paper (or a later one) says, and (row, base, sign) of each comparison.
 
     sign: -1 where the measure of the row should be below that of the base, 1 where above, 0 where nobody has said.
-    kind: "train"; "draw" for models in assets/; "cost" for the time of an evaluation. measure: what is compared, the
-    held-out "loss", the "error" of a picture against the finest, or "distance", the emoji distance. others: rows that
-    are in no comparison and belong to it all the same. note: what may explain a result, without numbers.
+    kind: "train"; "draw" for models in assets/; "cost" for the time of an evaluation. measure: what is compared of rows
+    that draw: the "error" of a picture against the finest, or "distance", the emoji distance. Rows that train are
+    compared by the held-out "loss" and by "distance". unsaid: one of the two that the claim says nothing of. others:
+    rows that are in no comparison and belong to it all the same. square: what two columns of rows have, and the
+    rows: ("velocity", "clean", ("linear", "linear, clean"), ("field", "field, clean")). note: what a reader should know
+    or look at, without measured numbers.
     """
 
     title: str
     says: str
     pairs: tuple
     kind: str = "train"
-    measure: str = "loss"
+    measure: str = ""
     others: tuple = ()
+    unsaid: str = ""
+    square: tuple = ()
     note: str = ""
+
+    def measures(self):
+        """What its rows are compared by: some of "loss", "distance" and "error"."""
+        return {"train": ("loss", "distance"), "cost": ()}.get(self.kind, (self.measure,))
 
     def rows(self):
         """All of its rows, each once, the base first."""
@@ -150,9 +161,15 @@ CLAIMS = {
         (("field, patches of 16", "linear, patches of 16", -1),),
     ),
     "length": Claim(
-        "Does the order of the decoders hold at twice the length?",
-        "the paper trains for 800,000 steps",
-        (("field, twice as long", "linear, twice as long", -1),),
+        "Fig. 4 and 5 at twice the length",
+        "the field is better at equal cost, also after the paper's 800,000 steps",
+        (
+            ("field, twice as long", "linear, twice as long", -1),
+            ("field, twice as long", "field", 0),
+            ("linear, twice as long", "linear", 0),
+        ),
+        note="The curves of the two lengths are in the plot, on the right. The learning rate falls to 0 at the end of "
+        "each, so that the longer run is no continuation of the shorter one, and lies above it until the end of that.",
     ),
     "normalisation": Claim(
         "Fig. 6a: what of the field is normalised",
@@ -180,7 +197,10 @@ CLAIMS = {
         note="Both encodings are tested against their equations, and the released DCT against golden numbers, so "
         "that a mistake of ours is unlikely. A possible reason, not tested: the DCT damps high frequencies by "
         "1 / (1 + fx fy), which a short training has to make up for, while sines and cosines all reach 1; the paper "
-        "compared pictures, by FID, after a far longer training. Here the emoji distance is the column to compare.",
+        "compared pictures, by FID, after a far longer training. Here the emoji distance is the column to compare. "
+        "The released frequencies are F numbers evenly spaced from 0 to F, F / (F - 1) apart, and so no basis of "
+        "cosines that are orthogonal over the patch; the whole frequencies 0, 1, ..., F - 1 of the paper are one. Both "
+        "have the same number of features and of parameters.",
     ),
     "guidance": Claim(
         "Fig. 6e: scale and interval of the guidance, on the model in assets/",
@@ -210,8 +230,7 @@ CLAIMS = {
         "Euler with 50 or 100 evaluations",
         (),
         "cost",
-        "",
-        tuple(COSTS),
+        others=tuple(COSTS),
     ),
     "resolution": Claim(
         "Section 4.5: pictures of other sizes than were trained, on the model in assets/",
@@ -220,6 +239,9 @@ CLAIMS = {
         + tuple((f"{side} pixels, denser", "32 pixels", 0) for side in (48, 64)),
         "draw",
         "distance",
+        note="The [samples](#samples) show what the distance does not: in the denser rows outlines are cross-hatched, "
+        "with stripes along rows and columns of pixels inside a patch. The field is asked for places between those it "
+        "was trained on, and the emoji distance shrinks its pictures to 32 pixels first, which averages the stripes.",
     ),
     "repa": Claim(
         "Alignment (REPA), its teacher the small classifier of the emoji in the place of DINOv2",
@@ -236,11 +258,18 @@ CLAIMS = {
         "JiT: a linear decoder needs the clean image where a patch has more numbers than a token; here it has fewer, "
         "so nothing is said of this world, nor of fields",
         (("linear, clean", "linear", 0), ("field, clean", "field", 0), ("field, clean", "linear, clean", 0)),
+        square=("velocity", "clean", ("linear", "linear, clean"), ("field", "field, clean")),
+        note="The loss is of velocities for both targets. Of an image that is predicted it is the error of the image "
+        "over max(1 - t, 0.05), squared: the last tenth of t counts errors up to 400 times, and from t = 0.95 on the "
+        "clamp leaves even a perfect prediction short of the velocity, by a sixth of its mean square over that tenth. "
+        "So the loss is compared without the last tenth, too. The samples are not touched by the clamp: their 20 steps "
+        "end with one from t = 0.95.",
     ),
     "frequency": Claim(
         "DeCo (arXiv 2511.19365): a loss weighted by JPEG's table",
-        "DeCo: better pictures; of the plain loss, which is compared here, it says nothing",
-        (("frequency loss", "field", 0),),
+        "DeCo: better pictures; of the plain loss it says nothing",
+        (("frequency loss", "field", -1),),
+        unsaid="loss",
     ),
 }
 NOT_HERE = (

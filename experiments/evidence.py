@@ -5,15 +5,19 @@ than means and standard errors.
 """
 
 import math
+import operator
 import pathlib
 import statistics
 
+from experiments.measures import time_mass
 from runtime.files import whole_file
+from runtime.previews import JUDGED_SMALL
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evidence.md"
 EVIDENCE = PAGE.parent / "evidence"
 FEWEST = 3  # pairs, below which nothing is concluded
 MEASURES = {"loss": "held-out loss", "error": "error of the pictures", "distance": "emoji distance"}
+KEYS = {"loss": "loss", "distance": "emoji_distance"}  # where a run that trains has them
 COUNTS = (5, 10, 20, 50, 100)  # evaluations that a picture's cost is told of
 DIGITS = {"loss": 4, "error": 2, "distance": 2, "emoji_distance": 2, "border_ratio": 3}
 
@@ -32,26 +36,29 @@ def by_seed(records, name):
     return {record["seed"]: record for record in records if record["row"] == name}
 
 
-def paired_difference(row, base, measure="loss"):
-    """(mean, standard error or None, pairs) of row minus base, records by seed, over the seeds that both have."""
+def paired_difference(row, base, value=operator.itemgetter("loss")):
+    """(mean, standard error or None, pairs) of row minus base, records by seed, over the seeds that both have.
+
+    value: what is compared of a record.
+    """
     shared = sorted(row.keys() & base.keys())
     if not shared:
         return None, None, 0
-    mean, error = mean_and_error(row[seed][measure] - base[seed][measure] for seed in shared)
+    mean, error = mean_and_error(value(row[seed]) - value(base[seed]) for seed in shared)
     return mean, error, len(shared)
 
 
-def difference(claim, records, row, base):
-    """(mean, standard error or None, pairs) of row minus base in the measure of a claim; 0 pairs where one is missing.
+def difference(records, row, base, measure):
+    """(mean, standard error or None, pairs) of row minus base in a measure of MEASURES; 0 pairs where one is missing.
 
     Pairs are seeds of runs that train, and pictures of those that draw.
     """
     mine, theirs = by_seed(records, row), by_seed(records, base)
-    if claim.measure == "loss":
-        return paired_difference(mine, theirs)
+    if measure in KEYS and all(record["kind"] == "train" for record in mine.values()):
+        return paired_difference(mine, theirs, operator.itemgetter(KEYS[measure]))
     if 0 not in mine or 0 not in theirs:
         return None, None, 0
-    if claim.measure == "error":
+    if measure == "error":
         errors = list(zip(mine[0]["errors"], theirs[0]["errors"]))
         return *mean_and_error(one - other for one, other in errors), len(errors)
     return *mine[0]["against"][base], mine[0]["pictures"]
@@ -69,6 +76,13 @@ def verdict(found, sign):
     if found == "cannot tell" or not sign:
         return found
     return "agrees" if (found == "lower") == (sign < 0) else "disagrees"
+
+
+def judged(claim, records, row, base, sign):
+    """{measure: (mean, standard error, pairs, verdict)} of a comparison of a claim, empty if it has not run."""
+    found = {measure: difference(records, row, base, measure) for measure in claim.measures()}
+    signs = {measure: 0 if measure == claim.unsaid else sign for measure in found}
+    return {m: (*said, verdict(finding(*said), signs[m])) for m, said in found.items() if said[2]}
 
 
 # ---- words and tables ------------------------------------------------------------------------------------------------
@@ -140,19 +154,45 @@ def drawing_table(names, records, real_border, base=None):
 
 
 def verdict_table(claim, records):
-    """One line for each comparison of a claim that has run: the paired differences, and what follows."""
-    others = ("emoji_distance", "border_ratio") if claim.kind == "train" else ()
-    head = ["row - base", "pairs", MEASURES[claim.measure], *(name.replace("_", " ") for name in others), "verdict"]
+    """One line for each comparison of a claim that has run: the paired differences, and what follows from each."""
+    told = [word for measure in claim.measures() for word in (MEASURES[measure], f"by {measure}")]
     rows = []
     for row, base, sign in claim.pairs:
-        found = difference(claim, records, row, base)
-        if found[2]:
-            cells = [with_error(*found[:2], DIGITS[claim.measure], "+")]
-            for measure in others:
-                pair = paired_difference(by_seed(records, row), by_seed(records, base), measure)
-                cells.append(with_error(*pair[:2], DIGITS[measure], "+"))
-            rows.append([f"{row} - {base}", str(found[2]), *cells, verdict(finding(*found), sign)])
-    return table(head, rows)
+        if found := judged(claim, records, row, base, sign):
+            cells = [f"{row} - {base}", str(next(iter(found.values()))[2])]
+            for measure, (mean, error, _, said) in found.items():
+                cells += [with_error(mean, error, DIGITS[measure], "+"), said]
+            rows.append(cells)
+    return table(["row - base", "pairs", *told], rows)
+
+
+def before_the_last_tenth(record):
+    """The held-out loss of a run over t < 0.9."""
+    mass = time_mass()[:-1]
+    return sum(share * loss for share, loss in zip(mass, record["loss_by_time"])) / sum(mass)
+
+
+def square_table(claim, records):
+    """The four rows of a claim's square, the paired differences along both sides, and the difference of those."""
+    left, right, (a, b), (c, d) = claim.square
+    runs = {name: by_seed(records, name) for name in (a, b, c, d)}
+    seeds, lines = sorted(set.intersection(*map(set, runs.values()))), []
+    measures = {MEASURES["loss"]: (operator.itemgetter("loss"), 4), "the same, t < 0.9": (before_the_last_tenth, 4)}
+    measures[MEASURES["distance"]] = operator.itemgetter("emoji_distance"), 2
+    for name, (value, digits) in measures.items() if seeds else ():
+        cell = lambda values, sign="", digits=digits: with_error(*mean_and_error(values), digits, sign)
+        minus = lambda one, other: [x - y for x, y in zip(one, other)]
+        v = {row: [value(run[seed]) for seed in seeds] for row, run in runs.items()}
+        above, below = minus(v[b], v[a]), minus(v[d], v[c])
+        both = minus(below, above)
+        said = finding(*mean_and_error(both), len(seeds))
+        lines.append([name, a, cell(v[a]), cell(v[b]), cell(above, "+")])
+        lines.append(["", c, cell(v[c]), cell(v[d]), cell(below, "+")])
+        beside = [cell(minus(v[c], v[a]), "+"), cell(minus(v[d], v[b]), "+"), f"{cell(both, '+')}: {said}"]
+        lines.append(["", f"{c} - {a}", *beside])
+    told = f"The two choices together; at the lower right of each measure their interaction, the change of {right} - "
+    told += f"{left} from {a} to {c}:"
+    return [told, "", *table(["measure", "row", left, right, f"{right} - {left}"], lines)] if lines else []
 
 
 def bins_table(names, records):
@@ -166,20 +206,43 @@ def bins_table(names, records):
 
 
 def recommendation(names, records, base):
-    """Per solver, the fewest evaluations whose emoji distance is within two standard errors of the base's, as lines."""
+    """The fewest evaluations of each solver that keep the base's emoji distance, and what that is worth, as lines.
+
+    They keep it where it is within two standard errors of the base's, with that many evaluations and with all more.
+    """
     found = [record for name in names if (record := by_seed(records, name).get(0)) and "errors" in record]
     if not by_seed(records, base):
         return []
     fewest = {record["row"].rpartition(" ")[0]: None for record in found}
+    lost = set()
     for record in sorted(found, key=lambda record: -record["evaluations"]):
-        gap, error = record["against"].get(base, (0, 0))
-        if abs(gap) <= 2 * error:
-            fewest[record["row"].rpartition(" ")[0]] = record
+        solver, (gap, error) = record["row"].rpartition(" ")[0], record["against"].get(base, (0, 0))
+        if abs(gap) > 2 * error:
+            lost.add(solver)
+        elif solver not in lost:
+            fewest[solver] = record
     said = [record["row"] if record else f"none of {solver}" for solver, record in fewest.items()]
-    kept = [record for record in fewest.values() if record]
+    start = f"The fewest evaluations whose emoji distance is within two standard errors of that of {base}, as with all "
+    lines, kept = [f"{start}more of them: {'; '.join(said)}.", ""], [record for record in fewest.values() if record]
+    if not kept:
+        return lines
     best = min(kept, key=lambda record: (record["evaluations"], statistics.fmean(record["errors"])))
-    start = f"The fewest evaluations whose emoji distance is within two standard errors of that of {base}"
-    return [f"{start}: {'; '.join(said)}. Of these, the fewest with the least error: **{best['row']}**.", ""]
+    (gap, error), usual = best["against"].get(base, (0, 0)), by_seed(records, base)[0]["emoji_distance"]
+    lines[0] += f" Of these, the fewest with the least error: **{best['row']}**."
+    lines += [
+        f"That is not equality. With {best['pictures']} pictures, a distance {gap + 2 * error:.2f} above the "
+        f"{usual:.2f} of {base} cannot be excluded, and a picture differs from the finest by {statistics.fmean(best['errors']):.0f}"
+        "/255. It holds for this model, its size, its guidance and one choice of noise.",
+        "",
+    ]
+    for record in records:
+        if seconds := record.get("cpu_seconds_per_evaluation"):
+            number = best["evaluations"]
+            lines[-2] += (
+                f" {record['row']} takes {seconds:.1f} CPU s an evaluation, so {number * seconds:.0f} s for {number}; "
+                "whether its pictures allow so few was not measured."
+            )
+    return lines
 
 
 def cost_lines(names, records):
@@ -201,28 +264,37 @@ def has_run(claim, records):
     """Whether there is anything to say of a claim: a comparison, or a cost."""
     if claim.kind == "cost":
         return any(by_seed(records, name) for name in claim.rows())
-    return any(difference(claim, records, row, base)[2] for row, base, _ in claim.pairs)
+    return any(judged(claim, records, *pair) for pair in claim.pairs)
+
+
+def linked(key, claims, records):
+    """A claim's key, with a link to its section if there is one."""
+    return f"[{key}](#{anchor(heading(key, claims[key]))})" if has_run(claims[key], records) else key
+
+
+def minutes(claim, records):
+    """How long the stored runs of a claim's rows took, by the clock, all seeds together."""
+    rows = claim.rows()
+    return sum(record["wall_seconds"] for record in records if record["row"] in rows) / 60
 
 
 def summary(claims, records):
-    """The table of claims, one line each, and what was compared in it."""
+    """The table of claims, one line each: the minutes of its runs, and what each comparison says by each measure."""
     rows = []
     for key, claim in claims.items():
-        if not has_run(claim, records):
-            rows.append([key, claim.says, "", "not run"])
-            continue
-        said = []
+        said = [] if has_run(claim, records) else ["not run"]
         for row, base, sign in claim.pairs:
-            found = difference(claim, records, row, base)
-            if found[2]:
-                number = with_error(*found[:2], DIGITS[claim.measure], "+")
-                said.append(f"{row} - {base}: {number}, **{verdict(finding(*found), sign)}**")
+            parts = [
+                f"by {measure} {with_error(mean, error, DIGITS[measure], '+')}, **{verdict}**"
+                for measure, (mean, error, _, verdict) in judged(claim, records, row, base, sign).items()
+            ]
+            said += [f"{row} - {base}: {'; '.join(parts)}"] if parts else []
         if claim.kind == "cost":
             costs = (by_seed(records, name).get(0) for name in claim.rows())
-            said = [f"{r['row']}: {50 * r['cpu_seconds_per_evaluation']:.0f} s with 50" for r in costs if r]
-        what = MEASURES.get(claim.measure, "CPU seconds")
-        rows.append([f"[{key}](#{anchor(heading(key, claim))})", claim.says, what, "<br>".join(said)])
-    return table(["claim", "said", "compared", "row - base, ± standard error: verdict"], rows)
+            said = [f"{r['row']}: {50 * r['cpu_seconds_per_evaluation']:.0f} CPU s with 50" for r in costs if r]
+        spent = f"{minutes(claim, records):.0f}" if has_run(claim, records) else ""
+        rows.append([linked(key, claims, records), claim.says, spent, "<br>".join(said)])
+    return table(["claim", "said", "minutes", "row - base, ± standard error: verdict"], rows)
 
 
 def claim_lines(key, claim, records, folder, real_border):
@@ -233,6 +305,7 @@ def claim_lines(key, claim, records, folder, real_border):
     if claim.kind == "cost":
         return lines + cost_lines(claim.rows(), records)
     lines += verdict_table(claim, records)
+    lines += square_table(claim, records) if claim.square else []
     if claim.kind == "draw":
         base = next((name for name in claim.others if name.endswith("euler 50")), None)
         lines += drawing_table(claim.others or claim.rows(), records, real_border, base)
@@ -242,12 +315,24 @@ def claim_lines(key, claim, records, folder, real_border):
     return lines
 
 
-def how_measured(records, study, real_border):
+def cpu_seconds(record):
+    """The processor seconds of a stored run's training steps, of its drawing or of its evaluation."""
+    keys = ("cpu_seconds", "cpu_seconds_per_evaluation")
+    found = next((record[key] for key in keys if key in record), 0)
+    return found + record.get("cpu_seconds_per_picture", 0) * record.get("pictures", 0)
+
+
+def how_measured(claims, records, study, real_border):
     """The section that says what was compared, how, on what, in how many hours."""
     hours = sum(record["wall_seconds"] for record in records) / 3600
+    cpu_hours = sum(map(cpu_seconds, records)) / 3600
     machines = "; ".join(sorted({record["machine"] for record in records})) or "none yet"
     commits = ", ".join(sorted({record["code"] for record in records})) or "none yet"
     config = study.config
+    compared = [
+        judged(claim, records, *pair) for claim in claims.values() if claim.kind == "train" for pair in claim.pairs
+    ]
+    verdicts = sum(map(len, compared))
     return (
         f"""## How it was measured
 
@@ -255,28 +340,74 @@ def how_measured(records, study, real_border):
   numbers, more than the {3 * config.patch_size**2} of a patch (1024 and 768 in the paper), since narrower ones could
   not carry a patch to a linear decoder. One drawing in ten is held out (`experiments/held_out.txt`; near-duplicates are
   on one side).
+- **Rows**: `field` is what most are compared with: {config.depth} blocks of transformer and, as in the released model,
+  {config.field_depth} blocks of field (of width {config.field_width}), both matrices and the output normalised, and the
+  released DCT frequencies. `linear` has one block of transformer more and costs the same. The others change what their
+  name says.
 - **Length**: {study.steps} steps of {study.batch_size} pictures, AdamW, learning rate from {study.lr:g} down to 0.
-  That is short: samples are rough patches of colour, and what the paper's 800,000 steps would show may differ.
+  That is short: samples are rough patches of colour, and what the paper's 800,000 steps would show may differ. What
+  twice the steps change is the claim {linked("length", claims, records)}.
 - **Pairs**: runs of one seed see the same pictures, noise, times and dropped labels. A difference is the mean over the
   seeds of row minus base, ± its standard error. Within two standard errors, or with fewer than {FEWEST} seeds, the
   verdict is "cannot tell". With three seeds that is a weak test: 18 of 100 differences that are chance would pass it.
   Of rows that draw, the {study.sampler_pictures} pictures take the place of the seeds: each starts from the same noise
   in all rows, and the error of a difference of emoji distances is over random choices of them. "lower" and "higher"
   stand where nobody has said what to expect.
+- **Two verdicts**: rows that train are compared by loss and by distance. The paper compares pictures, by FID, to which
+  the distance is closer; the loss varies less between seeds. Where one can tell and the
+  other cannot, the claim is not settled here. There are {verdicts} such
+  verdicts, so some are chance.
 - **Held-out loss**: of the averaged weights, weighted by how often training meets each tenth of t. **Emoji distance**:
   of {study.samples} samples to all drawings ([what it is](measurements.md#the-emoji-distance)), at 32 pixels; lower is
-  better. The small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border
+  better. Rows that train are drawn in {JUDGED_SMALL["steps"]} steps of Adams with guidance {JUDGED_SMALL["scale"]}. The small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border
   ratio**: mean difference of neighbours across patch borders over that inside patches; of the real pictures it is
   {real_border:.3f}. **Error**: root mean square difference from the picture that 200 evaluations draw, in steps of
   1/255.
 - **Switches of train.py** for the ideas since, off by default: `--prediction clean` (the decoder gives the image, the
   loss is of the velocity towards it), `--loss frequency` (errors that the eye sees weigh more) and `--repa-projector
   conv` (neighbouring tokens are aligned together, with a teacher that is normalised over the places).
-- **CPU s**: processor seconds, since the machine had other work beside it.
-- **Time**: {hours:.1f} hours in all. Machine: {machines}. Code: {commits}.
+- **GFLOP a step**: matrix products of the model, forward and backward. The teacher and the projector of alignment are
+  not counted; the projector is among the parameters.
+- **CPU s**: processor seconds of the training steps, or of drawing. The machine had other work beside it, and more in
+  one session than in another, so that rows of the same GFLOP differ: these are no comparison of speed, which is in
+  [measurements.md](measurements.md#speed).
+- **Time**: {hours:.1f} hours by the clock, with loading and measuring; {cpu_hours:.1f} CPU hours of training steps and
+  drawing alone. Machine: {machines}. Code: {commits}.
 """.splitlines()
         + [""]
     )
+
+
+def borders(claims, records, usual):
+    """The section on patches that show: which choices bring the border ratio closer to that of real pictures."""
+    gap = lambda record: abs(record["border_ratio"] - record.get("real_border_ratio", usual))
+    rows, told = [], {"smaller": [], "larger": [], "cannot tell": []}
+    for key, claim in claims.items():
+        for row, base, _ in claim.pairs if claim.kind == "train" else ():
+            mine, theirs = by_seed(records, row), by_seed(records, base)
+            mean, error, pairs = paired_difference(mine, theirs, gap)
+            if pairs:
+                before = statistics.fmean(gap(record) for record in theirs.values())
+                said = {"lower": "smaller", "higher": "larger"}.get(found := finding(mean, error, pairs), found)
+                told[said].append(f"{row} - {base} ({mean / before:+.0%})")
+                cells = [with_error(*mean_and_error(map(gap, run.values())), 3) for run in (theirs, mine)]
+                rows.append([key, f"{row} - {base}", *cells, with_error(mean, error, 3, "+"), said])
+    if not rows:
+        return []
+    return [
+        "## Borders",
+        "",
+        "Which choices close the gap between the border ratio of samples and that of real pictures "
+        f"({usual:.3f} at the usual size)? Of each comparison, the gap of the row minus that of its base, paired by "
+        "seed, and in percent of the base's gap:",
+        "",
+        *(f"- {said.capitalize()}: {'; '.join(those) or 'none'}." for said, those in told.items()),
+        "",
+        "A small gap alone is no merit: noise inside patches lowers the ratio as smooth borders do, so it has to be "
+        "read beside the distance and the [samples](#samples).",
+        "",
+        *table(["claim", "row - base", "gap of the base", "gap of the row", "difference", "the gap is"], rows),
+    ]
 
 
 def not_run(claims, records, not_here):
@@ -301,16 +432,20 @@ written by the command that measured it, from the lines in [evidence/runs.jsonl]
 holds its command, seed, machine and code version:
 
 ```
-python -m experiments.ablations --list
-python -m experiments.ablations --all
+python -m experiments.ablations --list                             # claims, their minutes, and which runs are done
+python -m experiments.ablations --claim decoder --out runs/mine    # one claim anew, with a page of its own
+python -m experiments.ablations --all                              # what is not stored yet, then this page
 ```
+
+A run that is stored counts as done, whoever made it: without `--out`, `--all` in a fresh clone repeats nothing. Below,
+the minutes of a claim are those of all of its stored runs, by the clock; runs that claims share are counted in each.
 """.splitlines()
         + [""]
     )
     lines += summary(claims, records)
     if (folder / plot_file("claims")).exists():
         lines += [f"![Held-out loss of each row against its base](evidence/{plot_file('claims')})", ""]
-    lines += how_measured(records, study, real_border)
+    lines += how_measured(claims, records, study, real_border)
     rows = dict.fromkeys(name for claim in claims.values() for name in claim.rows())
     if trained := [name for name in rows if "loss" in next(iter(by_seed(records, name).values()), {})]:
         lines += [
@@ -319,6 +454,7 @@ python -m experiments.ablations --all
             *training_table(trained, records, real_border),
             *bins_table(trained, records),
         ]
+    lines += borders(claims, records, real_border)
     for key, claim in claims.items():
         lines += claim_lines(key, claim, records, folder, real_border) if has_run(claim, records) else []
     if strips := [name for name in rows if by_seed(records, name).get(0) and (folder / strip_file(name)).exists()]:

@@ -71,13 +71,17 @@ def page_of(records, folder, real=1.0, not_here=()):
 
 
 def test_the_tables_hold_what_a_hand_computes(tmp_path):
-    """Field 0.1, 0.2, 0.3 against linear 0.2, 0.4, 0.6: -0.2 with error 0.1 / sqrt(3), so the claim is agreed with."""
+    """Field 0.1, 0.2, 0.3 against linear 0.2, 0.4, 0.6: -0.2 with error 0.1 / sqrt(3), so the claim is agreed with.
+
+    Its distances 5, 6 and 7 are 4, 3 and 2 below the linear ones, -3 with the same tenfold error.
+    """
     records = [a_record("field", seed, 0.1 * (seed + 1), 5.0 + seed) for seed in range(3)]
     records += [a_record("linear", seed, 0.2 * (seed + 1), 9.0, 1.75) for seed in range(3)]
     page = page_of(records, tmp_path, 1.25, ["a thing"])
-    assert "| field - linear | 3 | -0.2000 ± 0.0577 | -3.00 ± 0.58 | -0.250 ± 0.000 | agrees |" in page
+    assert "| field - linear | 3 | -0.2000 ± 0.0577 | agrees | -3.00 ± 0.58 | agrees |" in page
     assert "| field | 3 | 4.00 M | 2.00 | 3 | 0.2000 ± 0.0577 | 6.00 ± 0.58 | 1.500 ± 0.000 |" in page
-    assert "| held-out loss | field - linear: -0.2000 ± 0.0577, **agrees** |" in page
+    said = "field - linear: by loss -0.2000 ± 0.0577, **agrees**; by distance -3.00 ± 0.58, **agrees**"
+    assert f"at equal cost | 4 | {said} |" in page  # six runs of 36 s each
     assert "real pictures it is\n  1.250" in page and "0.1 hours" in page and "- a thing" in page
     assert "| normalisation | normalising both matrices and the output was chosen |  | not run |" in page
     assert "norm none; norm first; norm both" in page and "## normalisation" not in page
@@ -90,13 +94,14 @@ def test_each_claim_has_one_line_of_the_first_table_whatever_was_compared(tmp_pa
     found = [line for line in lines if line.startswith("| ") and not line.startswith("| claim")]
     assert len(found) == len(claims.CLAIMS)
     (line,) = [line for line in found if "normalising both" in line]
-    assert "norm none - field: +0.0000 ± 0.0000, **cannot tell**<br>norm both - field: " in line
+    assert "norm none - field: by loss +0.0000 ± 0.0000, **cannot tell**; by distance " in line
+    assert "**<br>norm both - field: " in line
 
 
 def test_two_seeds_are_shown_and_not_concluded_from(tmp_path):
     records = [a_record(row, seed, loss) for row, loss in (("field", 0.1), ("linear", 0.9)) for seed in range(2)]
     page = page_of(records, tmp_path)
-    assert "field - linear: -0.8000 ± 0.0000, **cannot tell**" in page
+    assert "field - linear: by loss -0.8000 ± 0.0000, **cannot tell**; by distance" in page
     assert "- Seeds, of which there are fewer than 3: linear (2); field (2)." in page
 
 
@@ -106,7 +111,7 @@ def test_solvers_are_judged_by_the_errors_of_the_same_pictures(tmp_path):
     records = [a_drawing("adams2 10", 10, 7.0, [9.0, 28.0, 47.0], {"euler 50": [0.5, 1.0]})]
     records.append(a_drawing("euler 10", 10, 9.0, [10.0, 30.0, 50.0], {"euler 50": [2.5, 1.0]}))
     page = page_of(records, tmp_path)
-    assert "| error of the pictures | adams2 10 - euler 10: -2.00 ± 0.58, **agrees** |" in page
+    assert "| adams2 10 - euler 10: by error -2.00 ± 0.58, **agrees** |" in page
     assert "| euler 10 | 10 | 0.500 | 9.00 | 1.500 (real: 0.900) | 30.00 ± 11.55 | +2.50 ± 1.00 |" in page
 
 
@@ -130,15 +135,84 @@ def test_the_recommendation_is_the_fewest_evaluations_that_cannot_be_told_from_5
     for name, gap in rows:
         error = [1.0 if name == "adams3 10" else 2.0] * 3
         records.append(a_drawing(name, int(name.split()[1]), 8.0 + gap, error, {"euler 50": [gap, 0.5]}))
-    (said, _) = evidence.recommendation(claims.CLAIMS["solvers"].rows(), records, "euler 50")
+    records.append({"row": "XL/16", "seed": 0, "cpu_seconds_per_evaluation": 2.5})
+    (said, _, worth, _) = evidence.recommendation(claims.CLAIMS["solvers"].rows(), records, "euler 50")
     assert "euler 20; " in said and "adams2 10; " in said and "none of heun" in said and "**adams3 10**" in said
+    # 0.9 and two errors of 0.5 above the base's 8.
+    assert "a distance 1.90 above the 8.00 of euler 50 cannot be excluded" in worth and "by 1/255" in worth
+    assert "XL/16 takes 2.5 CPU s an evaluation, so 25 s for 10" in worth
     assert evidence.recommendation(["euler 10"], records[1:], "euler 50") == []
+
+
+def test_fewer_evaluations_than_some_that_differ_are_not_recommended():
+    """Euler at 10 is near by chance: 20 is not. Where no solver keeps the distance, none is recommended."""
+    records = [a_drawing("euler 50", 50, 8.0, [0.1] * 3, {})]
+    for n, gap in ((20, 2.0), (10, 0.1)):
+        records.append(a_drawing(f"euler {n}", n, 8.0 + gap, [2.0] * 3, {"euler 50": [gap, 0.5]}))
+    assert "of them: euler 50. Of these" in evidence.recommendation([r["row"] for r in records], records, "euler 50")[0]
+    (said, _) = evidence.recommendation(["euler 20", "euler 10"], records, "euler 50")
+    assert "none of euler" in said and "Of these" not in said
+
+
+def test_a_verdict_is_given_by_loss_and_by_distance(tmp_path):
+    """The loss is the same, the distance is not, and neither hides behind the other. Of a loss that its claim says
+    nothing of, the verdict is a direction."""
+    records = [a_record("field", seed, 0.1 + seed, 10.0) for seed in range(3)]
+    records += [a_record("linear", seed, 0.1 + seed, 12.0) for seed in range(3)]
+    records += [a_record("frequency loss", seed, 0.2 + seed, 12.0) for seed in range(3)]
+    page = page_of(records, tmp_path)
+    assert "field - linear: by loss +0.0000 ± 0.0000, **cannot tell**; by distance -2.00 ± 0.00, **agrees**" in page
+    assert (
+        "frequency loss - field: by loss +0.1000 ± 0.0000, **higher**; by distance +2.00 ± 0.00, **disagrees**" in page
+    )
+    assert "| field - linear | 3 | +0.0000 ± 0.0000 | cannot tell | -2.00 ± 0.00 | agrees |" in page
+
+
+def test_the_square_of_decoder_and_prediction_holds_what_a_hand_computes(tmp_path):
+    """Linear 1 -> 4, field 1 -> 2, in all tenths but the last, which adds 10: +3 and +1, interaction -2."""
+    records = []
+    for seed in range(3):
+        for row, loss in (("linear", 1.0), ("linear, clean", 4.0), ("field", 1.0), ("field, clean", 2.0)):
+            record = a_record(row, seed, loss + seed + (0.5 * seed if row == "field, clean" else 0))
+            record["loss_by_time"] = [record["loss"]] * 9 + [record["loss"] + 10]
+            records.append(record)
+    page = page_of(records, tmp_path)
+    for name in ("held-out loss", "the same, t < 0.9"):
+        assert f"| {name} | linear | 2.0000 ± 0.5774 | 5.0000 ± 0.5774 | +3.0000 ± 0.0000 |" in page
+    assert page.count("|  | field | 2.0000 ± 0.5774 | 3.5000 ± 0.8660 | +1.5000 ± 0.2887 |") == 2
+    assert page.count("|  | field - linear | +0.0000 ± 0.0000 | -1.5000 ± 0.2887 | -1.5000 ± 0.2887: lower |") == 2
+    assert "| emoji distance | linear | 10.00 ± 0.00 | 10.00 ± 0.00 | +0.00 ± 0.00 |" in page
+    assert "The two choices" not in page_of([r for r in records if r["row"] != "linear"], tmp_path)
+
+
+def test_the_borders_are_judged_by_their_distance_to_those_of_real_pictures(tmp_path):
+    """Real 1.25: field 1.5, 1.55, 1.6 against linear 1.75: gaps 0.3 and 0.5, -0.2 with error 0.05 / sqrt(3). A ratio
+    below that of real pictures has a gap too, and rows of another size have their own real pictures."""
+    records = [a_record("field", seed, 0.1, border=1.5 + 0.05 * seed) for seed in range(3)]
+    records += [a_record("linear", seed, 0.1, border=1.75) for seed in range(3)]
+    records += [a_record("frequency loss", seed, 0.1, border=0.25 + 0.05 * seed) for seed in range(3)]
+    for row, border in (("field, patches of 16", 0.75), ("linear, patches of 16", 0.85)):
+        records += [a_record(row, seed, 0.1, border=border) | {"real_border_ratio": 0.75} for seed in range(3)]
+    page = page_of(records, tmp_path, 1.25)
+    assert "| decoder | field - linear | 0.500 ± 0.000 | 0.300 ± 0.029 | -0.200 ± 0.029 | smaller |" in page
+    assert "| patch | field, patches of 16 - linear, patches of 16 | 0.100 ± 0.000 | 0.000 ± 0.000 | -0.100 " in page
+    assert "- Smaller: field - linear (-40%); field, patches of 16 - linear, patches of 16 (-100%)." in page
+    assert "- Larger: frequency loss - field (+217%).\n- Cannot tell: none." in page
+
+
+def test_hours_are_told_by_the_clock_and_of_the_processor(tmp_path):
+    """By hand: two runs of 36 s, in them 3 s of training and 0.5 s for each of 3 pictures."""
+    assert evidence.cpu_seconds(a_record("field", 0, 0.1)) == 3.0
+    assert evidence.cpu_seconds(a_drawing("euler 50", 50, 8.0, [], {})) == 1.5
+    assert evidence.cpu_seconds({"row": "XL/16", "cpu_seconds_per_evaluation": 2.5}) == 2.5
+    page = page_of([a_record("field", seed, 0.1) | {"cpu_seconds": 720.0} for seed in range(10)], tmp_path)
+    assert "0.1 hours by the clock" in page and "2.0 CPU hours" in page
 
 
 def test_a_picture_costs_its_evaluations(tmp_path):
     about = {"row": "XL/16", "seed": 0, "kind": "cost", "machine": "m", "code": "abc", "wall_seconds": 9.0}
     page = page_of([about | {"cpu_seconds_per_evaluation": 12.5}], tmp_path)
-    assert "XL/16: 625 s with 50" in page and "| CPU s a picture | 62 | 125 | 250 | 625 | 1250 |" in page
+    assert "XL/16: 625 CPU s with 50" in page and "| CPU s a picture | 62 | 125 | 250 | 625 | 1250 |" in page
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -237,7 +311,7 @@ def test_lines_of_two_machines_are_joined_by_appending_them_in_any_order(tmp_pat
 
 
 def test_two_processes_that_write_at_once_lose_no_line(tmp_path):
-    """Each knows the file as it was before the other's. Catches a file that is replaced by what one of them has read."""
+    """Each knows the file as it was before the others'. Catches a file that is replaced by what one has read."""
     processes = [ablations.Runs(tmp_path) for _ in range(4)]
     assert [runs.records for runs in processes] == [[]] * 4
 
@@ -286,7 +360,7 @@ def test_every_row_makes_a_model_and_field_and_linear_cost_the_same():
         assert (
             set(claim.rows()) <= {"train": claims.ROWS, "draw": claims.DRAWN, "cost": claims.COSTS}[claim.kind].keys()
         )
-        assert claim.measure in evidence.MEASURES or claim.kind == "cost", key
+        assert set(claim.measures()) <= evidence.MEASURES.keys() and bool(claim.measures()) == bool(claim.pairs), key
 
 
 @pytest.mark.slow
@@ -464,7 +538,7 @@ def test_chains_of_near_duplicates_are_one_group():
 def test_the_list_names_every_claim_and_what_is_done(tmp_path):
     status, stdout, _ = run_script("experiments/ablations.py", "--list", "--out", tmp_path)
     assert status == 0 and all(f"\n{key}: " in f"\n{stdout}" for key in claims.CLAIMS)
-    assert "field: seeds done none" in stdout
+    assert "field: seeds done none" in stdout and "(0 minutes stored)" in stdout
 
 
 def test_the_page_alone_is_written_from_nothing(tmp_path):
@@ -481,7 +555,7 @@ def test_mistakes_get_one_line(tmp_path):
 
 
 def test_no_two_pictures_of_the_page_have_one_name():
-    """Also where a file system ignores case. Catches the plot of the claim repa that replaced the samples of its row."""
+    """Also where a file system ignores case. Catches the plot of a claim that replaces the samples of its row."""
     files = [evidence.strip_file(name) for name in (*claims.ROWS, *claims.DRAWN)]
     files += [evidence.plot_file(key) for key in (*claims.CLAIMS, "claims")]
     assert len({file.lower() for file in files}) == len(files)
