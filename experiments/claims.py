@@ -103,7 +103,7 @@ for side in (48, 64):
     SIZES[f"{side} pixels, more tokens"] = {"side": side}
     SIZES[f"{side} pixels, denser"] = {"side": side, "tokens": (4, 4)}
 DRAWN = OF_CLASSES | OF_TEXT | GUIDED | SIZES
-# Rows of which samples are kept: with more evaluations than 10, those of the solvers look like the finest.
+# Rows of which samples are kept: of solvers those that differ to the eye, beside the finest.
 SHOWN = {*SIZES, *GUIDED} | {name for name in OF_CLASSES | OF_TEXT if name.endswith(("finest", " 10", " 5"))}
 COSTS = {"XL/16": PRESETS["XL"]}  # models whose time for one evaluation is measured, on random weights
 

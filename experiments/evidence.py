@@ -228,11 +228,12 @@ def recommendation(names, records, base):
         return lines
     best = min(kept, key=lambda record: (record["evaluations"], statistics.fmean(record["errors"])))
     (gap, error), usual = best["against"].get(base, (0, 0)), by_seed(records, base)[0]["emoji_distance"]
+    apart = statistics.fmean(best["errors"])
     lines[0] += f" Of these, the fewest with the least error: **{best['row']}**."
     lines += [
         f"That is not equality. With {best['pictures']} pictures, a distance {gap + 2 * error:.2f} above the "
-        f"{usual:.2f} of {base} cannot be excluded, and a picture differs from the finest by {statistics.fmean(best['errors']):.0f}"
-        "/255. It holds for this model, its size, its guidance and one choice of noise.",
+        f"{usual:.2f} of {base} cannot be excluded, and a picture differs from the finest by {apart:.0f}/255. It holds "
+        "for this model, its size, its guidance and one choice of noise.",
         "",
     ]
     for record in records:
@@ -340,10 +341,10 @@ def how_measured(claims, records, study, real_border):
   numbers, more than the {3 * config.patch_size**2} of a patch (1024 and 768 in the paper), since narrower ones could
   not carry a patch to a linear decoder. One drawing in ten is held out (`experiments/held_out.txt`; near-duplicates are
   on one side).
-- **Rows**: `field` is what most are compared with: {config.depth} blocks of transformer and, as in the released model,
-  {config.field_depth} blocks of field (of width {config.field_width}), both matrices and the output normalised, and the
-  released DCT frequencies. `linear` has one block of transformer more and costs the same. The others change what their
-  name says.
+- **Rows**: `field` is what most are compared with: {config.depth} blocks of transformer, {config.field_depth} blocks of
+  field of width {config.field_width} and, as in the released models, both matrices and the output normalised and DCT
+  frequencies from 0 to {config.num_freqs}. `linear` has one block of transformer more and costs the same. The others
+  change what their name says.
 - **Length**: {study.steps} steps of {study.batch_size} pictures, AdamW, learning rate from {study.lr:g} down to 0.
   That is short: samples are rough patches of colour, and what the paper's 800,000 steps would show may differ. What
   twice the steps change is the claim {linked("length", claims, records)}.
@@ -354,12 +355,12 @@ def how_measured(claims, records, study, real_border):
   in all rows, and the error of a difference of emoji distances is over random choices of them. "lower" and "higher"
   stand where nobody has said what to expect.
 - **Two verdicts**: rows that train are compared by loss and by distance. The paper compares pictures, by FID, to which
-  the distance is closer; the loss varies less between seeds. Where one can tell and the
-  other cannot, the claim is not settled here. There are {verdicts} such
-  verdicts, so some are chance.
+  the distance is closer; the loss varies less between seeds. Where one can tell and the other
+  cannot, the claim is not settled here. There are {verdicts} such verdicts, so some are chance.
 - **Held-out loss**: of the averaged weights, weighted by how often training meets each tenth of t. **Emoji distance**:
   of {study.samples} samples to all drawings ([what it is](measurements.md#the-emoji-distance)), at 32 pixels; lower is
-  better. Rows that train are drawn in {JUDGED_SMALL["steps"]} steps of Adams with guidance {JUDGED_SMALL["scale"]}. The small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border
+  better. Rows that train are drawn in {JUDGED_SMALL["steps"]} steps of Adams with guidance {JUDGED_SMALL["scale"]}.
+  The small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border
   ratio**: mean difference of neighbours across patch borders over that inside patches; of the real pictures it is
   {real_border:.3f}. **Error**: root mean square difference from the picture that 200 evaluations draw, in steps of
   1/255.
@@ -437,14 +438,22 @@ python -m experiments.ablations --claim decoder --out runs/mine    # one claim a
 python -m experiments.ablations --all                              # what is not stored yet, then this page
 ```
 
-A run that is stored counts as done, whoever made it: without `--out`, `--all` in a fresh clone repeats nothing. Below,
-the minutes of a claim are those of all of its stored runs, by the clock; runs that claims share are counted in each.
+A run that is stored counts as done, whoever made it: without `--out`, `--all` in a fresh clone does only what is
+missing. Below, the minutes of a claim are those of all of its stored runs, by the clock and on a machine with other
+work beside it; runs that claims share are counted in each.
 """.splitlines()
         + [""]
     )
     lines += summary(claims, records)
     if (folder / plot_file("claims")).exists():
-        lines += [f"![Held-out loss of each row against its base](evidence/{plot_file('claims')})", ""]
+        told = "Held-out loss and emoji distance of each row against its base"
+        lines += [f"![{told}](evidence/{plot_file('claims')})", ""]
+    seams = borders(claims, records, real_border)
+    if seams:
+        lines += [
+            "Which part of the field closes the gap at the borders of patches is told in [Borders](#borders).",
+            "",
+        ]
     lines += how_measured(claims, records, study, real_border)
     rows = dict.fromkeys(name for claim in claims.values() for name in claim.rows())
     if trained := [name for name in rows if "loss" in next(iter(by_seed(records, name).values()), {})]:
@@ -454,11 +463,15 @@ the minutes of a claim are those of all of its stored runs, by the clock; runs t
             *training_table(trained, records, real_border),
             *bins_table(trained, records),
         ]
-    lines += borders(claims, records, real_border)
+    lines += seams
     for key, claim in claims.items():
         lines += claim_lines(key, claim, records, folder, real_border) if has_run(claim, records) else []
     if strips := [name for name in rows if by_seed(records, name).get(0) and (folder / strip_file(name)).exists()]:
-        lines += ["## Samples", "", "Of seed 0: each column starts from the same noise in all rows of one size.", ""]
+        told = (
+            "Of seed 0: each column asks for one class, or one name of the text rows, and starts from the same noise "
+        )
+        told += "in all rows of one size. Of solvers with more than 10 evaluations only the finest are shown."
+        lines += ["## Samples", "", told, ""]
         lines += table(["row", "samples"], [[name, f"![{name}](evidence/{strip_file(name)})"] for name in strips])
     return "\n".join(lines + not_run(claims, records, not_here)) + "\n"
 
