@@ -271,6 +271,7 @@ CLAIMS = {
         "DeCo: better pictures; of the plain loss it says nothing",
         (("frequency loss", "field", -1),),
         unsaid="loss",
+        note="The training loss in the plot, on the right, is the weighted one of its row and no comparison.",
     ),
 }
 NOT_HERE = (
