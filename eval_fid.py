@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.distributed import Processes
-from runtime.eval_report import settings_of, warnings_about, write_report
+from runtime.eval_report import report_settings, warnings_about, write_report
 from runtime.feature_networks import NETWORKS, check_pictures, open_network
 from runtime.files import UserError, check_writable, run
 from runtime.machine import float64_device, full_float32, pick_device
@@ -318,7 +318,7 @@ def main():
     metrics, more = compare(real, drawn, network, device)
     if args.save_stats:
         save_statistics(args.save_stats, reference, real)
-    settings = vars(args) | settings_of(reference, samples, network, device, processes.world)
+    settings = vars(args) | report_settings(reference, samples, network, device, processes.world)
     settings |= {"reference_features": len(real["features"]), "split_size": IS_SPLIT, "neighbour": NEIGHBOUR}
     write_report(args.json, metrics, settings, warnings_about(reference, samples, network) + more, speed)
 

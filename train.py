@@ -45,7 +45,7 @@ from runtime.previews import ema_samples, preview, preview_conditions
 from runtime.recompute import RECOMPUTE
 from runtime.run_folder import RunFolder
 from runtime.some_classes import HeldOut, SomeClasses
-from runtime.stopping import Stopped, Stopping
+from runtime.stopping import EvaluationStopped, Stopping
 
 
 class ConvProjector(nn.Conv2d):
@@ -159,7 +159,7 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
 
 
 def open_judge(dataset, encode, reference, exif, weights, num, config, seed, device, precision, processes):
-    """--eval-every: (EMA model, Stopping, labels of the data) -> {name: score}, or Stopped. UserError for mistakes now.
+    """--eval-every: (EMA model, Stopping, labels of the data) -> {name: score}, or EvaluationStopped. UserError now.
 
     The labels come with each call: a resumed run may number its classes otherwise than the data. Few samples and few
     solver steps: good for comparing one run's checkpoints with each other, not with papers.
@@ -200,8 +200,13 @@ def main():
     steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size) if args.epochs else args.steps
     encoded = encoded_share(args.cache_text, len(dataset), steps, args.batch_size)
     if args.dry_run:
+<<<<<<< HEAD
         plan = planned(args, config, world, precision, encoded)
         return processes.say(plan.describe(len(dataset), steps, args.size, args.keep, remark))
+=======
+        plan = planned(args, config, world, precision)
+        return processes.say(plan.report(len(dataset), steps, args.size, args.keep, remark))
+>>>>>>> 2ef0c75 (A name means one thing in all modules, and no room of the source grows)
     keep_in_memory(dataset, config.resolution, processes.say)
     encoder, config = open_text_encoder(config, args.cache_text, device)
     encode = encoder and encoder.encode
@@ -245,7 +250,7 @@ def main():
         if log.wants_picture(step, args.preview_every):
             log.picture(step, preview(ema, shown, args.seed, device, precision))
         if log.wants_scores(step, args.eval_every):
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(EvaluationStopped):
                 log.scores(step, judge(ema, stopping, dataset.labels))
 
     show(step)

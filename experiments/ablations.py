@@ -31,7 +31,7 @@ import torch
 
 from data import open_dataset
 from experiments.benchmark import guided, timings
-from experiments.claims import CLAIMS, COSTS, DRAWN, NOT_HERE, ROWS, SHOWN, SOLVERS, TRAINING, USUAL, bases_of
+from experiments.claims import CLAIMS, COSTS, DRAWN, NOT_HERE, ROWS, SHOWN, STEP_COST, TRAINING, USUAL, bases_of
 from experiments.evidence import EVIDENCE, PAGE, minutes, strip_file, write_page
 from experiments.evidence_plots import write_plots
 from experiments.measures import border_ratio, emoji_distance, features, held_out_loss, paired_bootstrap, time_mass
@@ -143,7 +143,7 @@ def ask(name, count):
     return model, encode([wanted[i * len(wanted) // count] for i in range(count)])
 
 
-def draw(name, seed, cache):
+def draw_as(name, seed, cache):
     """One way of drawing, of DRAWN: (pictures uint8 (N, 3, H, W), features (N, 64), CPU seconds).
 
     cache: {model: what `ask` gives} and {(row, seed): what was drawn before}.
@@ -153,7 +153,7 @@ def draw(name, seed, cache):
     how, images = USUAL | DRAWN[name], []
     model, y = cache[how["model"]]
     solver, size = how["solver"], (how["side"], how["side"])
-    times = time_grid(how["evaluations"] // SOLVERS[solver], how["shift"])
+    times = time_grid(how["evaluations"] // STEP_COST[solver], how["shift"])
     options = {"scale": how["scale"], "interval": (how["low"], 1.0), "grid": how.get("tokens")}
     options |= {"solver": solver.rstrip("234"), "order": int("".join(filter(str.isdigit, solver)) or 2)}
     start = time.process_time()
@@ -166,21 +166,21 @@ def draw(name, seed, cache):
 
 
 def draw_row(name, seed, cache, folder=None):
-    """What is measured of one way of drawing: {measurement: value}. cache: of `draw`. folder: where its strip is left.
+    """What is measured of a way of drawing: {measurement: value}. cache: of `draw_as`. folder: where its strip is left.
 
     errors: of each picture against the finest, root mean squares in steps of 1/255. against: {base: (difference,
     standard error)} of the emoji distance.
     """
     how, real = USUAL | DRAWN[name], real_features()
-    images, seen, seconds = draw(name, seed, cache)
+    images, seen, seconds = draw_as(name, seed, cache)
     patch = how["side"] // how["tokens"][0] if "tokens" in how else cache[how["model"]][0].config.patch_size
     found = {"cpu_seconds_per_picture": seconds / len(images), "evaluations": how["evaluations"]}
     found |= {"emoji_distance": emoji_distance(seen, real), "border_ratio": border_ratio(images, patch)}
     found |= {"real_border_ratio": border_ratio(real_emoji(how["side"]), patch), "pictures": len(images)}
     if "finest" in how:
-        error = images.float() - draw(how["finest"], seed, cache)[0].float()  # (N, 3, H, W)
+        error = images.float() - draw_as(how["finest"], seed, cache)[0].float()  # (N, 3, H, W)
         found["errors"] = [round(e, 3) for e in error.square().flatten(1).mean(1).sqrt().tolist()]  # (N)
-    found["against"] = {base: paired_bootstrap(seen, draw(base, seed, cache)[1], real) for base in bases_of(name)}
+    found["against"] = {base: paired_bootstrap(seen, draw_as(base, seed, cache)[1], real) for base in bases_of(name)}
     if folder:
         show_strip(images, folder / strip_file(name))
     return found

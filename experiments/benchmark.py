@@ -163,7 +163,7 @@ def measure(config, prepare, batch, precision, compiled, device):
     return statistics.median(timings(function, device)), peak_memory(device)
 
 
-def check_memory(config, passes, device):
+def check_weights_fit(config, passes, device):
     """UserError where the weights alone do not fit.
 
     Training (3 passes) holds them five times: with gradients, the optimizer's two averages, and EMA.
@@ -317,7 +317,7 @@ def main():
         for precision, compiled, (name, config, batch, prepare, passes) in rows:
             what = f"{name}, batch {batch}, {precision} {'compiled' if compiled else 'eager'}"
             try:
-                check_memory(config, passes, device)
+                check_weights_fit(config, passes, device)
                 seconds, peak = in_new_process(measure, config, prepare, batch, precision, compiled, device)
             except UserError as error:
                 print(f"{what:64} not measured: {error}", flush=True)

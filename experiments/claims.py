@@ -65,7 +65,7 @@ TRAINING = ("repa", "projector", "loss", "lr", "steps_times")  # settings that a
 
 # ---- rows that draw --------------------------------------------------------------------------------------------------
 
-SOLVERS = {"euler": 1, "heun": 2, "adams2": 1, "adams3": 1, "adams4": 1}  # evaluations a step
+STEP_COST = {"euler": 1, "heun": 2, "adams2": 1, "adams3": 1, "adams4": 1}  # evaluations a step
 # What a row does not say. The emoji model's guidance is 2.5: small pictures want less than the paper's 3.5.
 USUAL = {"model": "emoji", "solver": "adams2", "evaluations": 20, "scale": 2.5, "low": 0.1, "shift": 1.0, "side": 32}
 TEXT = {"model": "emoji-text", "low": 0.0, "shift": 2.0}  # as sample.py draws sentences at this size
@@ -79,7 +79,7 @@ def solver_rows(counts, prefix="", **how):
     rows = {f"{prefix}finest": {"evaluations": 200} | how}
     for n, solvers in counts.items():
         for solver in solvers:
-            if n % SOLVERS[solver] == 0:
+            if n % STEP_COST[solver] == 0:
                 rows[f"{prefix}{solver} {n}"] = {"solver": solver, "evaluations": n, "finest": f"{prefix}finest"} | how
     return rows
 
@@ -90,8 +90,8 @@ def euler_50(prefix=""):
 
 
 FEW = ("euler", "heun", "adams2")
-OF_CLASSES = solver_rows({100: ("euler", "adams2"), 50: FEW, 20: SOLVERS, 10: SOLVERS, 6: FEW, 5: SOLVERS})
-OF_TEXT = solver_rows({50: ("euler",), 20: FEW, 10: FEW, 5: SOLVERS}, "text, ", **TEXT)
+OF_CLASSES = solver_rows({100: ("euler", "adams2"), 50: FEW, 20: STEP_COST, 10: STEP_COST, 6: FEW, 5: STEP_COST})
+OF_TEXT = solver_rows({50: ("euler",), 20: FEW, 10: FEW, 5: STEP_COST}, "text, ", **TEXT)
 CHOSEN = "scale 3.5 from 0.1"
 GUIDED = {
     f"scale {scale:g} from {low:g}": {"scale": scale, "low": low}
@@ -144,7 +144,7 @@ class Claim:
 
 def best_in_few_steps(prefix, rows):
     """Comparisons of Adams of order 2 with each other solver at 10 and 5 evaluations."""
-    others = [(n, solver) for n in (10, 5) for solver in SOLVERS if solver != "adams2"]
+    others = [(n, solver) for n in (10, 5) for solver in STEP_COST if solver != "adams2"]
     pairs = [(f"{prefix}adams2 {n}", f"{prefix}{solver} {n}", -1) for n, solver in others]
     return tuple(pair for pair in pairs if pair[1] in rows)
 

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import from_uint8, open_dataset
-from pretrained.emoji_classifier import SIDE, WEIGHTS_FILE, EmojiClassifier
+from pretrained.emoji_classifier import EMOJI_SIDE, WEIGHTS_FILE, EmojiClassifier
 from runtime.checkpoint import save_checkpoint
 from runtime.files import run
 
 
 def labelled_emoji():
     """All pictures, uint8 (1906, 3, 32, 32), their kinds (1906) as numbers, and bool (1906): is it one to train on?"""
-    emoji = open_dataset("emoji", SIDE)
+    emoji = open_dataset("emoji", EMOJI_SIDE)
     targets = np.unique(emoji.kinds, return_inverse=True)[1]  # (1906)
     return emoji.images, torch.from_numpy(targets), torch.arange(len(targets)) % 10 != 0
 
@@ -29,7 +29,7 @@ def labelled_emoji():
 def distort(x, generator):
     """x (B, 3, 32, 32) moved, mirrored, tinted, with noise: 1,700 pictures are few to learn from. The same shape."""
     top, left = torch.randint(0, 7, (2,), generator=generator).tolist()
-    x = F.pad(x, (3, 3, 3, 3), value=1)[:, :, top : top + SIDE, left : left + SIDE]
+    x = F.pad(x, (3, 3, 3, 3), value=1)[:, :, top : top + EMOJI_SIDE, left : left + EMOJI_SIDE]
     x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
     x = x * (1 + 0.1 * torch.randn(len(x), 3, 1, 1, generator=generator))
     # Little noise: features that learn to overlook much of it would overlook it in generated pictures, too.

@@ -118,7 +118,7 @@ def heading(key, claim):
     return f"{key}: {claim.title}"
 
 
-def border_ratio(records, usual):
+def border_ratios(records, usual):
     """The mean border ratio of some records, with that of real pictures of their size, if it is not the usual one."""
     text = with_error(*mean_and_error(record["border_ratio"] for record in records), DIGITS["border_ratio"])
     real = records[0].get("real_border_ratio", usual)
@@ -135,7 +135,7 @@ def training_table(names, records, real_border):
             row.append(f"{statistics.fmean(record['cpu_seconds'] for record in found):.0f}")
             for measure in ("loss", "emoji_distance"):
                 row.append(with_error(*mean_and_error(record[measure] for record in found), DIGITS[measure]))
-            rows.append([*row, border_ratio(found, real_border)])
+            rows.append([*row, border_ratios(found, real_border)])
     return table(head, rows)
 
 
@@ -145,7 +145,7 @@ def drawing_table(names, records, real_border, base=None):
     rows = []
     for record in filter(None, (by_seed(records, name).get(0) for name in names)):
         row = [record["row"], str(record["evaluations"]), f"{record['cpu_seconds_per_picture']:.3f}"]
-        row += [f"{record['emoji_distance']:.2f}", border_ratio([record], real_border)]
+        row += [f"{record['emoji_distance']:.2f}", border_ratios([record], real_border)]
         if base:
             row.append(with_error(*mean_and_error(record["errors"]), 2) if "errors" in record else "")
             row.append(with_error(*record["against"][base], 2, "+") if base in record["against"] else "")

@@ -8,7 +8,7 @@ from data import from_uint8, random_stream
 from eval_fid import Statistics, frechet_distance
 from experiments.world import resized
 from flow import flow_matching_loss, interpolate
-from pretrained.emoji_classifier import SIDE, load_emoji_classifier
+from pretrained.emoji_classifier import EMOJI_SIDE, load_emoji_classifier
 from runtime.gauges import TIME_BINS
 
 # Not the seed of any run of the study, which are 0 or more. Another one would change every loss in docs/evidence.
@@ -55,7 +55,7 @@ def border_ratio(images, patch=8):
 def features(images):
     """What the emoji distance sees of square pictures, uint8 (N, 3, H, H), shrunk to 32 pixels: (N, 64)."""
     network = load_emoji_classifier()
-    return torch.cat([network(resized(some, SIDE))[0] for some in images.split(256)])
+    return torch.cat([network(resized(some, EMOJI_SIDE))[0] for some in images.split(256)])
 
 
 def emoji_distance(seen, real):

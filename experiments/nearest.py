@@ -18,7 +18,7 @@ from runtime.machine import pick_device, pick_precision
 from runtime.models import find_model
 from runtime.options import SEED, whole
 from runtime.pictures import enlarge, picture_grid, save_picture
-from runtime.previews import AS_THE_PAPER, FOR_SMALL, SMALL, draw
+from runtime.previews import AS_THE_PAPER, FOR_SMALL, SMALL, draw_ema
 
 SIDE = 8  # pixels of the pictures that are compared
 MOST = 20_000  # training pictures that are looked at
@@ -68,7 +68,7 @@ def main():
     y = torch.arange(args.num) % len(model.class_names)  # (N)
     how = FOR_SMALL if side <= SMALL else AS_THE_PAPER
     precision = pick_precision("auto", device)
-    samples = draw(model.to(device), y, range(args.num), args.seed, device, precision, **how)  # (N, 3, H, W)
+    samples = draw_ema(model.to(device), y, range(args.num), args.seed, device, precision, **how)  # (N, 3, H, W)
 
     which, distance = nearest(samples, pictures)
     among = nearest(pictures, pictures, itself=True)[1].sort().values  # (M)

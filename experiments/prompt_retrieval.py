@@ -77,7 +77,7 @@ def draw_each(model, encoder, prompts, path, settings, seed, temperature, steps,
         return torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2)  # (N, 3, H, W)
 
 
-def measure(images, real, names, wanted, groups):
+def retrieval_table(images, real, names, wanted, groups):
     """{group: {measure: share}} of pictures (N, 3, 32, 32) of the prompts `wanted`; groups: {name: indices of some}."""
     network = load_emoji_classifier()
     vectors = {"pixels": lambda u8: from_uint8(u8).flatten(1), "features": lambda u8: network(u8)[0]}
@@ -135,7 +135,7 @@ def main():
         path = args.npz or pathlib.Path(folder, "drawn.npz")
         images = draw_each(model, encoder, wanted, path, settings, **how)
     real = torch.stack([emoji.picture(i) for i in range(len(emoji))])  # (R, 3, 32, 32)
-    table = measure(images, real, names, wanted, groups)
+    table = retrieval_table(images, real, names, wanted, groups)
     print(json.dumps({"ckpt": args.ckpt, **how}))
     for group, row in table.items():
         print(f"{group:26}", *(f"{name} {value}" for name, value in row.items()), sep="  ")

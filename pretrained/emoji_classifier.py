@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from runtime.files import UserError, load_tensors, load_weights
 
 WEIGHTS_FILE = pathlib.Path(__file__).parent.parent / "assets/emoji-features.pt"
-SIDE, KINDS = 32, 98  # pixels; Unicode's subcategories (assets/README.md)
+EMOJI_SIDE, KINDS = 32, 98  # pixels; Unicode's subcategories (assets/README.md)
 PATCH = 8  # pixels per place of the last map: the patch of Nano
 WIDTH = 64  # few, so that hundreds of pictures settle the 64 x 64 covariance; Inception's 2,048 need 50,000
 
@@ -29,7 +29,7 @@ WIDTH = 64  # few, so that hundreds of pictures settle the 64 x 64 covariance; I
 class EmojiClassifier(nn.Module):
     """Classifies emoji of 32 pixels; 0.3 M parameters, 64 features. A feature network (runtime/feature_networks.py)."""
 
-    title, widths, side = "emoji distance", (WIDTH, None), SIDE
+    title, widths, side = "emoji distance", (WIDTH, None), EMOJI_SIDE
     least = 2 * WIDTH  # of fewer pictures, the covariance is mostly chance
 
     def __init__(self):
@@ -59,8 +59,10 @@ class EmojiClassifier(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         """uint8 (B, 3, 32, 32), RGB -> features float32 (B, 64), None, logits float32 (B, 98). UserError for others."""
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, SIDE, SIDE):
-            raise UserError(f"expected uint8 pictures (B, 3, {SIDE}, {SIDE}), got {images.dtype} {tuple(images.shape)}")
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, EMOJI_SIDE, EMOJI_SIDE):
+            raise UserError(
+                f"expected uint8 pictures (B, 3, {EMOJI_SIDE}, {EMOJI_SIDE}), got {images.dtype} {tuple(images.shape)}"
+            )
         features = self.features(images.float() / 127.5 - 1)  # (B, 64)
         return features, None, self.logits(features)  # (B, 64), (B, 98)
 
@@ -78,9 +80,9 @@ class EmojiTeacher(nn.Module):
     @staticmethod
     def check(data, resolution, patch_size):
         """UserError unless a run on `data` (str), with these pixels a side and a patch, can have this teacher."""
-        if (data, resolution, patch_size) != ("emoji", SIDE, PATCH):
+        if (data, resolution, patch_size) != ("emoji", EMOJI_SIDE, PATCH):
             raise UserError(
-                f"--dino emoji knows --data emoji at --resolution {SIDE} in patches of {PATCH} only, "
+                f"--dino emoji knows --data emoji at --resolution {EMOJI_SIDE} in patches of {PATCH} only, "
                 f"not {data} at {resolution} in patches of {patch_size}"
             )
 

@@ -30,7 +30,7 @@ from runtime.some_classes import SomeClasses
 # The first row that fits the pictures, and whose model can see ENOUGH of them in the time; else the last that fits.
 # 128 x 8 is Nano; 192 x 7 the model in assets/, at its rate. Rows of 32 are for pictures below 64 pixels.
 Row = NamedTuple("Row", [(n, float) for n in ("pictures", "resolution", "tokens", "hidden_size", "depth", "lr")])
-ROWS = [  # pictures at least, pixels and tokens along a side, width, blocks, learning rate
+SIZE_ROWS = [  # pictures at least, pixels and tokens along a side, width, blocks, learning rate
     Row(2_000, 128, 8, 192, 7, 6e-3),
     Row(0, 128, 8, 128, 8, 1e-2),
     Row(2_000, 64, 8, 192, 7, 6e-3),
@@ -41,7 +41,7 @@ ROWS = [  # pictures at least, pixels and tokens along a side, width, blocks, le
 FEWEST = 16  # pictures, and how many of them are looked at for their size
 ENOUGH = 90_000  # images seen in training, as by the emoji's recipe
 OFTEN = 500  # times that a picture is seen: after as many, the model in assets/ has probably learned its own by heart
-TRAINING = 0.9  # share of the time; the rest is for previews and checkpoints
+TRAINING_SHARE = 0.9  # share of the time; the rest is for previews and checkpoints
 NOT_WITH = {"recipe": "the recipe", "init": "a new model", "text_encoder": "a model of classes", "epochs": "--steps"}
 
 
@@ -98,7 +98,7 @@ def _choose(given, index, N, num_classes, minutes):
         raise UserError(f"--size auto needs {FEWEST} pictures or more, and {given['data']} has {N}: add some")
     places, exif = [i * len(index.labels) // FEWEST for i in range(FEWEST)], given.get("exif", "respect")
     side = sorted(min(read_image(index.where(i), index.read(i), exif).size) for i in places)[FEWEST // 2]
-    rows = [row for row in ROWS if row.pictures <= N and row.resolution <= max(side, 32)]
+    rows = [row for row in SIZE_ROWS if row.pictures <= N and row.resolution <= max(side, 32)]
     batch = given.get("batch_size", 64 if N >= 64 else 16)
     for row in [row for row in rows if row.resolution >= 64] or rows:
         resolution = given.get("resolution", row.resolution)
@@ -107,13 +107,13 @@ def _choose(given, index, N, num_classes, minutes):
         flags = all_flags(_words(chosen | given))  # flags that contradict each other end here
         config = dataclasses.replace(flags["config"], num_classes=num_classes)
         seconds = seconds_a_step(config, batch, flags["optimizer"], flags["device"], flags["precision"])
-        possible = TRAINING * 60 * minutes / seconds  # steps
+        possible = TRAINING_SHARE * 60 * minutes / seconds  # steps
         if possible * batch >= min(ENOUGH, OFTEN * N):
             break
     most = min(MOST_STEPS, max(1000, OFTEN * N // batch))
     # Two digits, as much as a few timed steps can promise.
     steps = given.get("steps", min(most, max(10, int(float(f"{possible:.2g}")))))
-    more, a_minute = min(most, 2 * steps), TRAINING * 60 / seconds
+    more, a_minute = min(most, 2 * steps), TRAINING_SHARE * 60 / seconds
     # The average reaches over the last fifteenth of the run, as the emoji's recipe does; a preview for each sixth.
     ema, every = round(min(max(1 - 15 / steps, 0.9), 0.9999), 4), max(50, steps // 6)
     chosen |= dict(steps=steps, ema=ema, log_every=max(1, steps // 100), save_every=every, preview_every=every)

@@ -35,7 +35,7 @@ def warnings_about(reference, samples, network):
     return [warning for applies, warning in found if applies]
 
 
-def settings_of(reference, samples, network, device, processes):
+def report_settings(reference, samples, network, device, processes):
     """What was compared by which network, as plain values for the JSON."""
     settings = {"reference_count": reference.count, "reference_size": reference.size}
     settings["reference_statistics"] = "stored" if reference.stored else "computed"

@@ -14,7 +14,7 @@ SIDE = 8  # pixels, JPEG's
 COSINES = torch.cos(math.pi * torch.arange(SIDE)[:, None] * (torch.arange(SIDE) + 0.5) / SIDE) / 2
 COSINES[0] /= math.sqrt(2)
 # JPEG's steps for brightness, frequencies down by frequencies across (ITU-T T.81, table K.1).
-STEPS = """
+JPEG_STEPS = """
 16 11 10 16  24  40  51  61
 12 12 14 19  26  58  60  55
 14 13 16 24  40  57  69  56
@@ -28,7 +28,7 @@ STEPS = """
 
 def jpeg_weights():
     """One over JPEG's steps, scaled to mean 1: (8, 8)."""
-    weights = 1 / torch.tensor([float(step) for step in STEPS.split()]).view(SIDE, SIDE)  # (8, 8)
+    weights = 1 / torch.tensor([float(step) for step in JPEG_STEPS.split()]).view(SIDE, SIDE)  # (8, 8)
     return weights / weights.mean()
 
 

@@ -21,7 +21,7 @@ from runtime.files import UserError, pictures_below, read_image, whole_file
 
 MAX_SIDE, MAX_COUNT = 2048, 2_000_000  # larger claims are refused: a batch and all features must fit in memory
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
-PUBLISHED = {256: f"{ADM}256/VIRTUAL_imagenet256_labeled.npz", 512: f"{ADM}512/VIRTUAL_imagenet512.npz"}
+REFERENCES = {256: f"{ADM}256/VIRTUAL_imagenet256_labeled.npz", 512: f"{ADM}512/VIRTUAL_imagenet512.npz"}
 MAX_FEATURES = 100_000  # rows of saved features that are read; precision and recall need no more
 STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}  # of Inception
 
@@ -76,8 +76,8 @@ def open_reference(spec, flag, side, resolution=None, workers=4, exif="ignore"):
         return open_pictures(spec, resolution, workers, exif)
     missing = f"{flag} is missing" if spec is None else f"{flag} {spec}: no such file or directory"
     published = (
-        f"ADM's for ImageNet {side} is at {PUBLISHED[side]}"
-        if side in PUBLISHED
+        f"ADM's for ImageNet {side} is at {REFERENCES[side]}"
+        if side in REFERENCES
         else f"none is published for {side} pixels"
     )
     own = "eval_fid.py REAL SAMPLES --save-stats FILE makes one of your own pictures"

@@ -17,7 +17,7 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp")  # of pictures, by the ending of th
 FILMS = (".gif", ".webp", ".png", ".apng")  # of films; the last two are animated PNG
 FILM_SIDE = 512  # pixels that a film's longer side has at least, give or take its gaps: 32 are too few to look at
 GAP = 2  # white pixels around each image of a grid
-MAX_SIDE = 15_000  # pixels of a grid without its titles; a WEBP ends at 16,383, and few programs show more of a PNG
+MAX_GRID = 15_000  # pixels of a grid without its titles; a WEBP ends at 16,383, and few programs show more of a PNG
 
 
 def is_picture(name):
@@ -50,16 +50,16 @@ def check_outputs(out, gif=None, npz=None):
 
 
 def check_sides(out, gif, size, rows, num, panels=1, noise=False):
-    """UserError, before anything is computed, for a grid of `save_all` whose sides would be above MAX_SIDE.
+    """UserError, before anything is computed, for a grid of `save_all` whose sides would be above MAX_GRID.
 
     out: its file; gif: of its film (or None), which is twice as wide with `noise`; size: (height, width) of an image in
     pixels; rows: classes, of `num` images each; panels: solvers.
     """
     rows, columns = (rows, num) if rows > 1 else grid_shape(num)
     height, width = rows * (size[0] + GAP), panels * columns * (size[1] + GAP) * (2 if gif and noise else 1)
-    if (gif or is_picture(out)) and max(height, width) > MAX_SIDE:
+    if (gif or is_picture(out)) and max(height, width) > MAX_GRID:
         remedy = "use fewer classes, a smaller --num, or a folder for --out and no --gif"
-        raise UserError(f"a picture of {width}x{height} pixels is too large, {MAX_SIDE} are the limit: {remedy}")
+        raise UserError(f"a picture of {width}x{height} pixels is too large, {MAX_GRID} are the limit: {remedy}")
 
 
 def picture_grid(images, columns=None, titles=None, headings=None, text=10):

@@ -237,7 +237,7 @@ class Plan:
             lines.append(f"                    (--cache-text {note})")
         return lines
 
-    def describe(self, images, steps, size, keep, remark=None):
+    def report(self, images, steps, size, keep, remark=None):
         """The text of --dry-run. images: of an epoch; size: the preset's name; keep: checkpoints that stay.
 
         remark: a last line, of what could not be checked.

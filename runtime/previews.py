@@ -21,7 +21,7 @@ JUDGED_SMALL = AS_THE_PAPER | dict(scale=2.5)
 FOR_SMALL = dict(steps=30, shift=2.0, scale=2.0, interval=(0.0, 1.0), temperature=0.7)
 
 
-def draw(ema, y, numbers, seed, device, precision, steps, shift, scale, interval, temperature):
+def draw_ema(ema, y, numbers, seed, device, precision, steps, shift, scale, interval, temperature):
     """EMA samples number `numbers` (B) of the conditions y (B, ...): uint8 (B, 3, H, W), on the CPU."""
     times, images = time_grid(steps, shift), []
     size = (ema.config.resolution, ema.config.resolution)
@@ -45,7 +45,7 @@ def preview_conditions(dataset, encode=None):
 def preview(ema, y, seed, device, precision):
     """A grid of EMA samples of the conditions y (N, ...), eight a row, from the same noise every time."""
     how = FOR_SMALL if ema.config.resolution <= SMALL else AS_THE_PAPER
-    return picture_grid(draw(ema, y, range(len(y)), seed, device, precision, **how), PER_CLASS)
+    return picture_grid(draw_ema(ema, y, range(len(y)), seed, device, precision, **how), PER_CLASS)
 
 
 def ema_samples(ema, labels, num, seed, device, precision, encode=torch.tensor):
@@ -61,6 +61,6 @@ def ema_samples(ema, labels, num, seed, device, precision, encode=torch.tensor):
         for start in range(rank * batch_size, num, world * batch_size):
             numbers = range(start, min(start + batch_size, num))
             y = encode(labels[numbers.start : numbers.stop])  # (B, ...)
-            yield draw(ema, y, numbers, seed, device, precision, **how)  # (B, 3, H, W)
+            yield draw_ema(ema, y, numbers, seed, device, precision, **how)  # (B, 3, H, W)
 
     return PictureSet("EMA samples", num, (ema.config.resolution, ema.config.resolution), batches, {})

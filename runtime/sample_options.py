@@ -8,14 +8,14 @@ from runtime.files import UserError
 from runtime.models import IMAGENET_CLASSES, RELEASED_CONFIGS, SHIPPED_FILES
 from runtime.options import COUNT, POSITIVE, QUOTED, SEED, SHIFT, number, whole
 from runtime.prompts import LAYOUTS, check_encoder, check_layout, read_prompts
-from runtime.shards import LABELS
+from runtime.shards import SHARES
 from samplers import SOLVERS
 
 # What a flag that is left out means: the paper's choice for classes (section 4.1), the released demo's for sentences.
 CLASS_DEFAULTS = dict(solver=["euler"], steps=50, cfg=3.5, interval=[0.1, 1.0], shift=1.0)
 TEXT_DEFAULTS = dict(solver=["adams"], steps=25, cfg=4.0, interval=[0.0, 1.0], shift=3.0)
 # Of text models of small pictures, by eye: with more guidance, colours of invented things run over their outlines.
-SMALL_TEXT_DEFAULTS, SMALL = TEXT_DEFAULTS | dict(cfg=2.5, shift=2.0), 64  # pixels
+SMALL_TEXT_DEFAULTS, SMALL_TEXT = TEXT_DEFAULTS | dict(cfg=2.5, shift=2.0), 64  # pixels
 
 STEPS = whole(1, 10_000)  # with these, all times of a grid are different in float32
 FINITE = number(float, lambda value: -1e9 <= value <= 1e9, "in [-1e9, 1e9]")
@@ -60,7 +60,7 @@ def parse_args(argv=None, parser=argparse.ArgumentParser):
     add("--gif", help="also write a film, as .gif, .webp or animated .png: the picture that is predicted at each step")
     add("--gif-noise", action="store_true", help="in the film of --gif, also x_t, beside each picture")
     add("--npz", help="instead of pictures, write shuffled arrays for eval_fid.py; the same command resumes")
-    add("--labels", choices=LABELS, default="balanced", help="of --npz: equally many, by chance, or as in the data")
+    add("--labels", choices=SHARES, default="balanced", help="of --npz: equally many, by chance, or as in the data")
     args = parser.parse_args(argv)
     sentences = (args.prompt, args.prompts, args.negative, args.text_encoder)
     args.ckpt = args.ckpt or ("xl" if sentences == (None,) * 4 else "xxl")
@@ -94,7 +94,7 @@ def solvers(text):
 def suit(args, config):
     """Gives flags that were left out the values that suit a model's configuration; UserError for unsuitable flags."""
     shipped, text = args.ckpt in SHIPPED_FILES and not args.npz, hasattr(config, "text_encoder")
-    defaults = (SMALL_TEXT_DEFAULTS if config.resolution <= SMALL else TEXT_DEFAULTS) if text else CLASS_DEFAULTS
+    defaults = (SMALL_TEXT_DEFAULTS if config.resolution <= SMALL_TEXT else TEXT_DEFAULTS) if text else CLASS_DEFAULTS
     for name, value in (defaults | {"temperature": SHIPPED_FILES[args.ckpt][1] if shipped else 1.0}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

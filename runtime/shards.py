@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import random_stream
 from runtime.files import UserError, whole_file
 
-LABELS = ("balanced", "random", "data")  # how choose_labels can share images among classes
+SHARES = ("balanced", "random", "data")  # how choose_labels can share images among classes
 
 
 def choose_labels(classes, num, how, seed, counts=None):

@@ -9,7 +9,7 @@ HANGUP = getattr(signal, "SIGHUP", None)  # of a closed terminal; Windows has no
 STOPPING = (signal.SIGTERM, signal.SIGINT, *([HANGUP] if HANGUP else []))  # of torchrun and schedulers, Ctrl-C
 
 
-class Stopped(Exception):
+class EvaluationStopped(Exception):
     """Work that can be done again was broken off, on all ranks at once, because the run is to end."""
 
 
@@ -37,7 +37,7 @@ class Stopping:
         return self.decision
 
     def between_batches(self, pictures):
-        """The same runtime.picture_sets.PictureSet, whose batches end with Stopped, on all ranks, once a signal came.
+        """The same PictureSet, whose batches end with EvaluationStopped, on all ranks, once a signal came.
 
         For an evaluation, which may take longer than the time between a scheduler's SIGTERM and its SIGKILL.
         """
@@ -46,7 +46,7 @@ class Stopping:
             own = pictures.batches(batch_size, rank, world)
             for _ in range(0, pictures.count, batch_size * world):  # a rank may have one batch less, but votes as often
                 if self.agreed():
-                    raise Stopped
+                    raise EvaluationStopped
                 yield from itertools.islice(own, 1)
 
         return dataclasses.replace(pictures, batches=pictures.batches and batches)

@@ -90,7 +90,7 @@ def test_what_does_not_fit_into_memory_is_said_and_left_out(monkeypatch, capsys)
     benchmark.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training step XXL/16 at 256")]
     assert len(rows) == 2 and all("not measured: its weights need 23.4 GB, 20.0 GB are free" in row for row in rows)
-    benchmark.check_memory(TEXT_PRESETS["XXL"], 1, CPU)  # a forward pass fits
+    benchmark.check_weights_fit(TEXT_PRESETS["XXL"], 1, CPU)  # a forward pass fits
 
 
 def test_a_measurement_that_is_killed_is_said_and_the_others_follow(monkeypatch, capsys):

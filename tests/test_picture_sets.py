@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import open_dataset
 from runtime.files import UserError
-from runtime.picture_sets import PUBLISHED, STATISTICS, open_pictures, open_reference, pictures_of, save_statistics
+from runtime.picture_sets import REFERENCES, STATISTICS, open_pictures, open_reference, pictures_of, save_statistics
 
 
 def pictures(count, height=8, width=8, seed=0):
@@ -194,7 +194,7 @@ def test_a_picture_that_breaks_in_the_middle_of_a_stream_stops_it(tmp_path):
 
 def test_a_missing_reference_names_its_address_and_the_flag(tmp_path):
     """Of the samples' own size. Catches the reference of 256 pixels for samples of 512."""
-    for side, address in PUBLISHED.items():
+    for side, address in REFERENCES.items():
         assert str(side) in address.rpartition("/")[2]
         for spec in (None, tmp_path / "nowhere.npz"):
             with pytest.raises(UserError, match="^--eval-ref .*(missing|no such file)") as caught:

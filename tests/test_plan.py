@@ -136,7 +136,7 @@ def test_what_does_not_fit_the_card_is_said_and_what_fits_beside_it():
     """Each proposal is planned to fit. Catches silence about 94 GB on a card of 80, and proposals that do not fit."""
     xl_512 = dataclasses.replace(PRESETS["XL"], resolution=512)
     for plan in (Plan(xl_512, 256, world=8, gpu="a100"), Plan(TEXT_PRESETS["XXL"], 1536, world=16, gpu="a100-40")):
-        text, proposals = plan.describe(1000, 10, "it", 2), plan.fitting()
+        text, proposals = plan.report(1000, 10, "it", 2), plan.fitting()
         assert f"MORE THAN the {plan.memory / 1e9:.0f} GB" in text and proposals
         for flags, fitting in proposals:
             words = dict(zip(flags.split()[::2], flags.split()[1::2]))
@@ -144,15 +144,15 @@ def test_what_does_not_fit_the_card_is_said_and_what_fits_beside_it():
             again = dataclasses.replace(plan, **changed, recompute=words.get("--recompute", plan.recompute))
             assert again.need == fitting.need < plan.memory and f"fits with {flags}" in text
     close = Plan(PRESETS["XL"], 8 * 40, world=8, gpu="a100-40")
-    assert close.need < close.memory and "may not fit the 40 GB" in close.describe(1000, 10, "it", 2)
-    assert "fit" not in Plan(PRESETS["XL"], 256, world=8, gpu="a100").describe(1000, 10, "it", 2)
+    assert close.need < close.memory and "may not fit the 40 GB" in close.report(1000, 10, "it", 2)
+    assert "fit" not in Plan(PRESETS["XL"], 256, world=8, gpu="a100").report(1000, 10, "it", 2)
     hopeless = Plan(dataclasses.replace(TEXT_PRESETS["XXL"], depth=64), 8, gpu="a100-40")
-    assert hopeless.fitting() == [] and "nothing makes it fit" in hopeless.describe(1000, 10, "it", 2)
+    assert hopeless.fitting() == [] and "nothing makes it fit" in hopeless.report(1000, 10, "it", 2)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_kind_of_gpu_can_be_planned(gpu):
-    text = Plan(SMALL, 8, world=2, gpu=gpu).describe(1000, 10, "it", 2)
+    text = Plan(SMALL, 8, world=2, gpu=gpu).report(1000, 10, "it", 2)
     assert f"on 2 x {gpu}" in text and "(--bandwidth)" in text
 
 
@@ -160,11 +160,11 @@ def test_projector_teacher_and_text_encoder_are_named_with_their_share():
     """The shares are those of the step's FLOPs. Catches a projector that hides in the number of parameters."""
     plain = Plan(TEXT_PRESETS["XXL"], 1536, world=16)
     plan = Plan(TEXT_PRESETS["XXL"], 1536, world=16, repa=True)
-    text = plan.describe(1000, 10, "XXL", 2)
+    text = plan.report(1000, 10, "XXL", 2)
     assert f"{(plan.parameters - plain.parameters) / 1e6:.1f} M of them in the projector" in text
     encoder = (plain.flops - 3 * forward_flops(plain.config)) / plan.flops
     assert f"Qwen3-1.7B, frozen: 3.4 GB, {encoder:.0%} of the step" in text and "ViT-B/14, frozen: 0.3 GB" in text
-    small = Plan(SMALL, 8).describe(1000, 10, "it", 2)
+    small = Plan(SMALL, 8).report(1000, 10, "it", 2)
     assert "projector" not in small and "frozen" not in small
 
 

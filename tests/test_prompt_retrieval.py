@@ -9,7 +9,7 @@ from PIL import Image
 
 from data import ASSETS, open_dataset
 from experiments import prompt_retrieval
-from experiments.prompt_retrieval import draw_each, held_out, measure, ranks
+from experiments.prompt_retrieval import draw_each, held_out, ranks, retrieval_table
 from pretrained.text_encoders import load_text_encoder, words
 from runtime.checkpoint import load_model, save_checkpoint
 from runtime.files import UserError
@@ -28,9 +28,9 @@ def test_real_drawings_find_themselves():
     real = torch.stack([emoji.picture(i) for i in range(0, 1906, 20)])
     names = emoji.labels[::20]
     everything = {"all": list(range(len(names)))}
-    table = measure(real, real, names, names, everything)["all"]
+    table = retrieval_table(real, real, names, names, everything)["all"]
     assert table["pixels top 1"] == table["features top 1"] == 1 and table["names"] == len(names)
-    table = measure(real, real, names, names[1:] + names[:1], everything)["all"]
+    table = retrieval_table(real, real, names, names[1:] + names[:1], everything)["all"]
     assert table["pixels top 1"] == 0
 
 

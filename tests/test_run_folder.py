@@ -150,7 +150,7 @@ def test_the_final_evaluation_and_preview_are_made_up_for_after_a_kill(tmp_path,
 def test_a_stop_during_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(tmp_path, monkeypatch, quick_previews):
     """Catches: an evaluation of an hour that goes on until the scheduler's SIGKILL, and a step without its score."""
     flags = ("--steps", 2, "--eval-every", 2, "--eval-num", 128)
-    drawn, plain = [], previews.draw
+    drawn, plain = [], previews.draw_ema
 
     def interrupted(*args, **kwargs):
         drawn.append(len(drawn))
@@ -158,7 +158,7 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(
         return plain(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(previews, "draw", interrupted)
+        patch.setattr(previews, "draw_ema", interrupted)
         status, stdout, stderr = train(tmp_path / "run", *flags)
     assert status == 0 and "stopped by SIGTERM at step 2, saved" in stdout, stderr
     assert len(drawn) == 1  # of two batches

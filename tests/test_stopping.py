@@ -12,7 +12,11 @@ from runtime.distributed import Processes
 from runtime.files import UserError
 from runtime.gauges import Gauges
 from runtime.picture_sets import PictureSet
+<<<<<<< HEAD
 from runtime.stopping import STOPPING, Stopped, Stopping, signals_blocked
+=======
+from runtime.stopping import STOPPING, EvaluationStopped, Stopping, signals_blocked
+>>>>>>> 2ef0c75 (A name means one thing in all modules, and no room of the source grows)
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def test_ranks_vote_equally_often_within_an_evaluation_and_end_it_together(handl
         drawn += Stopping(Vote()).between_batches(pictures).batches(8, rank, 5)
         voted.add(len(votes))
         votes, until = [], 1
-        with pytest.raises(Stopped) if count > 40 else contextlib.nullcontext():
+        with pytest.raises(EvaluationStopped) if count > 40 else contextlib.nullcontext():
             assert len(list(Stopping(Vote()).between_batches(pictures).batches(8, rank, 5))) <= 1
     assert sorted(drawn) == list(range(0, count, 8)) and voted == {-(-count // 40)}
     assert Stopping(Vote()).between_batches(dataclasses.replace(pictures, batches=None)).batches is None
