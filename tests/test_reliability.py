@@ -315,7 +315,7 @@ def test_killed_in_the_middle_of_a_save_resumes_exactly(tmp_path, whole):
         "--save-every",
         1,
         script=script,
-        timeout=PATIENCE + 30 * len(points),
+        timeout=PATIENCE * len(points),
         agent=["--standalone", f"--max-restarts={len(points)}"],
     )
     killed = (out.parent / "killed").read_text().splitlines()
