@@ -200,13 +200,8 @@ def main():
     steps = epochs_to_steps(args.epochs, len(dataset), args.batch_size) if args.epochs else args.steps
     encoded = encoded_share(args.cache_text, len(dataset), steps, args.batch_size)
     if args.dry_run:
-<<<<<<< HEAD
         plan = planned(args, config, world, precision, encoded)
-        return processes.say(plan.describe(len(dataset), steps, args.size, args.keep, remark))
-=======
-        plan = planned(args, config, world, precision)
         return processes.say(plan.report(len(dataset), steps, args.size, args.keep, remark))
->>>>>>> 2ef0c75 (A name means one thing in all modules, and no room of the source grows)
     keep_in_memory(dataset, config.resolution, processes.say)
     encoder, config = open_text_encoder(config, args.cache_text, device)
     encode = encoder and encoder.encode

@@ -122,11 +122,7 @@ def test_a_compiled_training_step_is_the_eager_one(config, recompute, gpu):
 
 @BOTH
 def test_sampling_is_the_same_compiled_frozen_and_on_the_cpu(config, gpu):
-<<<<<<< HEAD
     """From one noise, against the CPU's in fp32, in levels of 255 on the mean. Another class would be 25 away."""
-=======
-    """From one noise, against the CPU's in fp32, in levels of 255 on the mean. Another class is 25 or 1.4 away."""
->>>>>>> 2ef0c75 (A name means one thing in all modules, and no room of the source grows)
     model, _, _, y = build(config, torch.device("cpu"))
     noise, times = image_noise(0, range(8), (16, 16)), time_grid(10)
     on_cpu = generate(model.eval(), y, noise, times, 2.0)

@@ -12,11 +12,7 @@ from runtime.distributed import Processes
 from runtime.files import UserError
 from runtime.gauges import Gauges
 from runtime.picture_sets import PictureSet
-<<<<<<< HEAD
-from runtime.stopping import STOPPING, Stopped, Stopping, signals_blocked
-=======
 from runtime.stopping import STOPPING, EvaluationStopped, Stopping, signals_blocked
->>>>>>> 2ef0c75 (A name means one thing in all modules, and no room of the source grows)
 
 
 @pytest.fixture
