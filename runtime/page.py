@@ -28,7 +28,7 @@ CSS = """
 img { image-rendering: pixelated; }
 #frame img, #film img { image-rendering: auto; }
 label[data-testid="block-label"] { position: static !important; border: 0 !important; }
-#gallery .grid-wrap { min-height: 0 !important; }
+#gallery .grid-wrap { min-height: 0 !important; max-height: none !important; }
 #gallery .caption-label { font-size: 0.7rem; padding: 1px 4px; }
 .gradio-container { max-width: min(1280px, 100vw) !important; margin: auto; }
 .gradio-container main, .gradio-container .grid-container { min-width: 0 !important; }

@@ -298,6 +298,15 @@ def test_a_stream_brings_several_frames_and_the_slider_goes_back_through_them(vi
     page.get_by_text("Step 10, time 0.20").wait_for()
 
 
+def test_a_picture_that_is_alone_is_shown_whole(visit):
+    page = visit()
+    fill(page, "num", "1")
+    draw(page)
+    page.wait_for_timeout(500)
+    hidden = "box => box.scrollHeight - box.clientHeight"
+    assert page.eval_on_selector("#gallery .grid-wrap", hidden) <= 1
+
+
 def test_the_downloaded_sheet_keeps_its_settings(visit):
     page = visit()
     fill(page, "seed", "7")
