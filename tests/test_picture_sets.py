@@ -178,7 +178,7 @@ def test_folders_without_sound_pictures_are_refused(tmp_path):
         (tmp_path / "broken" / f"{i}.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"broken.*\d\.png .*empty file"):
         open_pictures(tmp_path / "broken")
-    with pytest.raises(FileNotFoundError, match="missing.npz"):
+    with pytest.raises(UserError, match="missing.npz: no such file or directory; sample.py .* makes an npz"):
         open_pictures(tmp_path / "missing.npz")
 
 
