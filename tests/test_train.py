@@ -268,10 +268,9 @@ def test_recompute_keeps_the_loss_and_is_done(tmp_path, monkeypatch):
 
 def test_clip_limits_what_a_step_changes(tmp_path):
     """A gradient of length 1e-12 is far below Adam's epsilon of 1e-8, so that the weights stay as they were."""
-    torch.manual_seed(0)
     moved = {}
     for clip in (0, 1e-12):
-        assert train(tmp_path / f"{clip}", "--steps", 1, "--clip", clip)[0] == 0
+        assert train(tmp_path / f"{clip}", "--steps", 1, "--warmup", 0, "--clip", clip)[0] == 0
         state = last(tmp_path / f"{clip}")
         torch.manual_seed(0)  # the default of --seed
         first = build_model(checked_config(state, "")).state_dict()
