@@ -159,10 +159,10 @@ def open_data(spec, names, num_classes, config, how, held_out, folder, processes
 
 
 def open_judge(dataset, encode, reference, exif, weights, num, config, seed, device, precision, processes):
-    """--eval-every: (EMA model, Stopping, labels of the data) -> {name: score}, or EvaluationStopped. UserError now.
+    """--eval-every: (EMA model, Stopping, labels of the data) -> {name: score}, or EvaluationStopped.
 
-    The labels come with each call: a resumed run may number its classes otherwise than the data. Few samples and few
-    solver steps: good for comparing one run's checkpoints with each other, not with papers.
+    Raises UserError now for what would fail then. The labels come with each call: a resumed run may number its classes
+    otherwise than the data. Few samples and solver steps: for comparing checkpoints of one run, not with papers.
     """
     if reference is None and dataset.classifier:
         real = pictures_of(dataset, "the training data")
