@@ -63,7 +63,7 @@ chosen time: mixtures of the basis and the noisy colours, by the weights that th
 WEIGHTS = """**What the token wrote.** The two matrices of each block of the field. Middle gray is 0."""
 LIFETIME = 3600  # seconds that films and what was looked into stay in memory, and files on the disk
 WAITING = "Waiting for its turn."
-FULL = "Not done: too many jobs are waiting already. Try again when one is done."
+REFUSED = "Not done: too many jobs are waiting, or the controls were just changing. Try again."
 
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _connect(parts, jobs, models, controls_of):
         status = parts["status"]
         waiting = event(None, None, status, js=f"() => '{WAITING}'", **quiet)
         started.append(waiting.then(stream(job), inputs, outputs, **one))
-        refused = f"status => status == '{WAITING}' ? '{FULL}' : status"
+        refused = f"status => status == '{WAITING}' ? '{REFUSED}' : status"
         started[-1].failure(None, status, status, js=refused, **quiet)  # after Stop, too
 
     start(parts["draw"].click, jobs["draw"], controls, drawn)

@@ -374,7 +374,9 @@ def test_random_values_in_whatever_the_browser_calls_are_answered_and_never_fail
         if len(values) >= len(LABELS):
             values = random_form(draw, served) + values[len(LABELS) :]
         elif values and function.inputs[0].elem_id in ("looked", "watched"):  # kept on the server: no browser writes it
-            values[0] = {"looked": inside["looked"], "watched": ["a", "b"]}[function.inputs[0].elem_id]
+            values[0] = {"looked": inside["looked"], "watched": [("Step 0", "a"), ("Step 1", "b")]}[
+                function.inputs[0].elem_id
+            ]
             values[0] = draw.choice((None, values[0]))
         if function.fn.__name__ == "clicked":
             click = gr.SelectData(None, {"index": draw.choice(([1, 2], draw.choice(NONSENSE))), "value": None})

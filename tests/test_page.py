@@ -24,7 +24,7 @@ from PIL import Image
 
 from model import PixNerd
 from runtime.checkpoint import FORMAT, save_checkpoint
-from runtime.page import FULL, WAITING
+from runtime.page import REFUSED, WAITING
 
 pytestmark = pytest.mark.browser
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -178,7 +178,12 @@ def choose(page, name, text):
     """Chooses from a list the entry of this name, or of the file of this name."""
     box = page.locator(f"#{name} input").first
     box.click()
-    page.get_by_role("option", name=re.compile(rf"(^|[/\s]){re.escape(text)}$")).first.click()
+    option = page.get_by_role("option", name=re.compile(rf"(^|[/\s]){re.escape(text)}$")).first
+    if name != "ckpt":
+        return option.click()
+    with page.expect_response(lambda response: "/run/predict" in response.url):  # which changes other controls
+        option.click()
+    page.wait_for_timeout(500)
 
 
 def fill(page, name, value):
@@ -418,7 +423,7 @@ def test_a_job_says_that_it_waits_and_a_full_queue_refuses_jobs_alone(visit):
     answers = [join(second, "patch", [None, 0, 0, 0]).status for _ in range(9)]  # which end as soon as they start
     assert answers == [200] * 8 + [503]
     press(second, "draw")
-    status(second, FULL)
+    status(second, REFUSED)
     choose(second, "ckpt", "emoji")
     second.wait_for_function("document.querySelector('#class input').value.includes('smileys')")
     press(first, "stop")
