@@ -72,7 +72,7 @@ def finding(mean, error, pairs):
 
 
 def verdict(found, sign):
-    """What a finding means for a claim whose difference should have this sign (-1, 1, or 0: nobody has said)."""
+    """What a finding means for a claim whose difference should have this sign (-1, 1, or 0: none was published)."""
     if found == "cannot tell" or not sign:
         return found
     return "agrees" if (found == "lower") == (sign < 0) else "disagrees"
@@ -353,7 +353,7 @@ def how_measured(claims, records, study, real_border):
   verdict is "cannot tell". With three seeds that is a weak test: 18 of 100 differences that are chance would pass it.
   Of rows that draw, the {study.sampler_pictures} pictures take the place of the seeds: each starts from the same noise
   in all rows, and the error of a difference of emoji distances is over random choices of them. "lower" and "higher"
-  stand where nobody has said what to expect.
+  stand where no publication says what to expect.
 - **Two verdicts**: rows that train are compared by loss and by distance. The paper compares pictures, by FID, to which
   the distance is closer; the loss varies less between seeds. Where one can tell and the other
   cannot, the claim is not settled here. There are {verdicts} such verdicts, so some are chance.
