@@ -57,7 +57,7 @@ by pixel. **Draw** pictures, **watch** one form, and **look inside** its patches
 DENSITY = """**The patch at 1, 4 and 16 times the pixels.** One picture, drawn three times by the same tokens: only the
 places are new at which their fields are asked. Between the places that it was trained at, a field may be wrong."""
 BASIS = """**The basis.** Products of cosines over the patch, from constant (top left: white all
-over) to fine (bottom right): the field knows each pixel's place by these numbers alone. They are the same in all patches."""
+over) to fine (bottom right): by these numbers alone the field knows a pixel's place. All patches have the same."""
 FEATURES = """**What the field makes of them.** The features of this patch's pixels after the field's last block, at the
 chosen time: mixtures of the basis and the noisy colours, by the weights that this patch's token wrote."""
 WEIGHTS = """**What the token wrote.** The two matrices of each block of the field. Middle gray is 0."""
