@@ -63,6 +63,7 @@ chosen time: mixtures of the basis and the noisy colours, by the weights that th
 WEIGHTS = """**What the token wrote.** The two matrices of each block of the field. Middle gray is 0."""
 LIFETIME = 3600  # seconds that films and what was looked into stay in memory, and files on the disk
 WAITING = "Waiting for its turn."
+STOPPED = "Stopped."
 REFUSED = "Not done: too many jobs are waiting, or the controls were just changing. Try again."
 
 
@@ -226,12 +227,15 @@ def _connect(parts, jobs, models, controls_of):
     started = []
 
     def start(event, job, inputs, outputs):
-        """The status is written by the browser, so at once; where the queue refuses the job, the browser says so."""
+        """The browser writes what the server cannot: that a job waits, that the queue refused it, that it was stopped.
+
+        What a stopped job sent before may still be under way: its end fails, comes last, and has the last word.
+        """
         status = parts["status"]
-        waiting = event(None, None, status, js=f"() => '{WAITING}'", **quiet)
+        waiting = event(None, None, status, js=f"() => (window.stopped = false, '{WAITING}')", **quiet)
         started.append(waiting.then(stream(job), inputs, outputs, **one))
-        refused = f"status => status == '{WAITING}' ? '{REFUSED}' : status"
-        started[-1].failure(None, status, status, js=refused, **quiet)  # after Stop, too
+        ended = f"status => window.stopped ? '{STOPPED}' : status == '{WAITING}' ? '{REFUSED}' : status"
+        started[-1].failure(None, status, status, js=ended, **quiet)
 
     start(parts["draw"].click, jobs["draw"], controls, drawn)
     start(parts["watch"].click, jobs["watch"], controls, watched)
@@ -255,7 +259,8 @@ def _connect(parts, jobs, models, controls_of):
 
     seen = of("frame", "moment")
     parts["moment"].change(_answer(show), of("watched", "moment"), seen, trigger_mode="always_last", **quiet)
-    parts["stop"].click(lambda: "Stopped.", None, parts["status"], cancels=started, **quiet)
+    mark = "() => (window.stopped = true, [])"
+    parts["stop"].click(lambda: STOPPED, None, parts["status"], js=mark, cancels=started, **quiet)
     changed = of(*controls_of(parts["ckpt"].value))
 
     def choose(name):

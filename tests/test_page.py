@@ -214,6 +214,13 @@ def press(page, name):
     page.click(f"#{name}")
 
 
+def stop(page):
+    """Presses Stop, and sees that the status says so in the end: the job's own last words may still be under way."""
+    press(page, "stop")
+    page.wait_for_timeout(1000)
+    status(page, "Stopped")
+
+
 def draw(page):
     """Draws; returns the pictures (N, H, W, 3) of the gallery."""
     press(page, "draw")
@@ -406,8 +413,7 @@ def test_a_closed_tab_and_the_stop_button_end_a_job_and_the_page_answers_while_i
     choose(second, "solver", "heun")
     press(second, "draw")
     status(second, "heun: step")
-    press(second, "stop")
-    status(second, "Stopped")
+    stop(second)
     choose(second, "solver", "euler")
     assert len(draw(second)) == 4
 
@@ -418,16 +424,14 @@ def test_a_job_says_that_it_waits_and_a_full_queue_refuses_jobs_alone(visit):
     endless(first)
     press(second, "draw")
     status(second, WAITING)
-    press(second, "stop")
-    status(second, "Stopped")
+    stop(second)
     answers = [join(second, "patch", [None, 0, 0, 0]).status for _ in range(9)]  # which end as soon as they start
     assert answers == [200] * 8 + [503]
     press(second, "draw")
     status(second, REFUSED)
     choose(second, "ckpt", "emoji")
     second.wait_for_function("document.querySelector('#class input').value.includes('smileys')")
-    press(first, "stop")
-    status(first, "Stopped")
+    stop(first)
     unfold(second, "Solver and guidance")
     fill(second, "steps", "3")
     assert len(draw(second)) == 4
