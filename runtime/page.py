@@ -202,8 +202,7 @@ def _connect(parts, jobs, models, controls_of):
             try:
                 # What a job writes stays until the page has copied it. Closed when the client is gone: see listen.
                 with tempfile.TemporaryDirectory() as folder:
-                    results = listen(lambda send: job(send, pathlib.Path(folder), *values))
-                    with contextlib.closing(results):
+                    with contextlib.closing(listen(lambda send: job(send, pathlib.Path(folder), *values))) as results:
                         for named in results:
                             yield updates(named)
                 yield updates({"status": f"Done in {time.perf_counter() - start:.1f} s."})
@@ -227,10 +226,7 @@ def _connect(parts, jobs, models, controls_of):
     started = []
 
     def start(event, job, inputs, outputs):
-        """The browser writes what the server cannot: that a job waits, that the queue refused it, that it was stopped.
-
-        What a stopped job sent before may still be under way: its end fails, comes last, and has the last word.
-        """
+        """The browser says that a job waits, was refused, or stopped: its end fails, after all that it had sent."""
         status = parts["status"]
         waiting = event(None, None, status, js=f"() => (window.stopped = false, '{WAITING}')", **quiet)
         started.append(waiting.then(stream(job), inputs, outputs, **one))
@@ -257,16 +253,15 @@ def _connect(parts, jobs, models, controls_of):
         label, frame = frames[a_number("moment", step, 0, len(frames) - 1)]
         return frame, gr.update(label=label)
 
-    seen = of("frame", "moment")
-    parts["moment"].change(_answer(show), of("watched", "moment"), seen, trigger_mode="always_last", **quiet)
-    mark = "() => (window.stopped = true, [])"
-    parts["stop"].click(lambda: STOPPED, None, parts["status"], js=mark, cancels=started, **quiet)
-    changed = of(*controls_of(parts["ckpt"].value))
+    last = quiet | dict(trigger_mode="always_last")
+    parts["moment"].change(_answer(show), of("watched", "moment"), of("frame", "moment"), **last)
+    stopped = dict(js="() => (window.stopped = true, [])", cancels=started)
+    parts["stop"].click(lambda: STOPPED, None, parts["status"], **stopped, **quiet)
 
     def choose(name):
         return updates(controls_of(one_of("ckpt", name, models)))
 
-    parts["ckpt"].change(_answer(choose), parts["ckpt"], changed, **quiet)
+    parts["ckpt"].change(_answer(choose), parts["ckpt"], of(*controls_of(parts["ckpt"].value)), **quiet)
 
 
 def check_address(host, port):
