@@ -250,7 +250,8 @@ class PixNerd(nn.Module):
             raise ValueError("a linear decoder has one patch size; another density needs decoder='field'")
         if features_at is not None and not 1 <= features_at <= self.config.depth:
             raise ValueError(f"features_at is {features_at}, but the blocks are 1 to {self.config.depth}")
-        (B, C, H, W), P = x.shape, self.config.patch_size
+        B, C, H, W = x.shape
+        P = self.config.patch_size
         rows, columns = self.config.token_grid(H, W, grid)
         height, width = H // rows, W // columns  # pixels of one patch; P and P without `grid`
         # Nearest, as released: an average of neighbours would shrink the noise, and the trunk would see another t.

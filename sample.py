@@ -126,9 +126,8 @@ def main():
     else:
         images, films = draw_all(draw_batch, total, args.batch_size, args.solver, args.steps, film=bool(args.gif))
         solvers = [f"adams {args.order}" if solver == "adams" else solver for solver in args.solver]
-        save_all(
-            args.out, args.gif, images, films, [*map(title_of, titles)], args.num, solvers, settings, args.gif_noise
-        )
+        names = [title_of(title) for title in titles]
+        save_all(args.out, args.gif, images, films, names, args.num, solvers, settings, args.gif_noise)
     files = args.npz or (f"{args.out} and {args.gif}" if args.gif else args.out)
     processes.say(f"{len(args.solver) * total} images of {settings['size']}: {files}")
     processes.close()

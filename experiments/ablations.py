@@ -261,10 +261,9 @@ class Runs:
             lock_or_wait(file)
             if not any(all(have[key] == record[key] for key in ("row", "seed", "study")) for have in self.records):
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-                start = (
-                    "" if file.read() in (b"", b"\n") else "\n"
-                )  # lines that were appended by hand may lack the last
-                file.write(f"{start}{json.dumps(record)}\n".encode())
+                if file.read() not in (b"", b"\n"):  # lines that were appended by hand may lack the last one's end
+                    file.write(b"\n")
+                file.write(f"{json.dumps(record)}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
 

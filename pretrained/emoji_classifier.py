@@ -60,9 +60,8 @@ class EmojiClassifier(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, 32, 32), RGB -> features float32 (B, 64), None, logits float32 (B, 98). UserError for others."""
         if images.dtype != torch.uint8 or images.shape[1:] != (3, EMOJI_SIDE, EMOJI_SIDE):
-            raise UserError(
-                f"expected uint8 pictures (B, 3, {EMOJI_SIDE}, {EMOJI_SIDE}), got {images.dtype} {tuple(images.shape)}"
-            )
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"expected uint8 pictures (B, 3, {EMOJI_SIDE}, {EMOJI_SIDE}), got {got}")
         features = self.features(images.float() / 127.5 - 1)  # (B, 64)
         return features, None, self.logits(features)  # (B, 64), (B, 98)
 

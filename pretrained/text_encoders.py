@@ -208,10 +208,9 @@ def _import_transformers():
     try:
         import transformers
         from transformers import Qwen2Tokenizer, Qwen3Model  # noqa: F401  which it imports only now
-
-        return transformers
     except ImportError as error:
         raise UserError(f"Qwen3 needs the package transformers ({error}): pip install -r requirements-text.txt")
+    return transformers
 
 
 def _load(source, local):
@@ -225,6 +224,8 @@ def _load(source, local):
         tokenizer = transformers.Qwen2Tokenizer.from_pretrained(source, local_files_only=local)
         model, found = transformers.Qwen3Model.from_pretrained(source, local_files_only=local, **how)
     except Exception as error:  # noqa: BLE001  transformers and what it builds on have a dozen classes for this
+        if isinstance(error, MemoryError):
+            raise  # the machine's trouble, not the model's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if local:
             raise UserError(f"--text-encoder {source} cannot be read ({reason}): download it again")

@@ -131,7 +131,7 @@ def compiler_trouble(device="cpu"):
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001  whatever goes wrong in there, the answer is "then without"
-        return str(error).strip().splitlines()[0][:120]
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     finally:
         torch.compiler.reset()
 

@@ -143,8 +143,8 @@ def _npz_errors(path):
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or isinstance(error, OSError) and error.filename:
-            raise  # our own words; or a path that cannot be opened, which says so itself
+        if isinstance(error, (UserError, MemoryError)) or isinstance(error, OSError) and error.filename:
+            raise  # our own words; the machine's trouble; or a path that cannot be opened, which says so itself
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"{path}: not an npz file, truncated or damaged ({reason})") from error
 

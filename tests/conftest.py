@@ -1,4 +1,4 @@
-"""The project on the path, the fixtures that several test files ask for by name, and the table of `make test-gpu`."""
+"""The project on the path, the fixtures that several test files ask for, and the table of `make test-gpu`."""
 
 import json
 import pathlib
@@ -119,7 +119,7 @@ def qwen3_folder(tmp_path_factory):
 
 @pytest.fixture
 def quick_previews(monkeypatch):
-    """Previews and the samples of --eval-every in two steps of the solver, for runs whose pictures nobody looks at."""
+    """Previews and the samples of --eval-every in two steps of the solver, where pictures are not looked at."""
     from runtime import previews
 
     for how in (previews.FOR_SMALL, previews.JUDGED_SMALL):

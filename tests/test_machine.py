@@ -141,6 +141,14 @@ def test_a_model_made_without_storage_has_its_tables():
     assert torch.equal(model.time_embed.freqs, PixNerd(TINY).time_embed.freqs)
 
 
+def test_a_compiler_that_fails_without_a_word_is_named_by_its_error(monkeypatch):
+    def fail(function):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert compiler_trouble() == "AssertionError"
+
+
 def test_a_missing_compiler_is_named_and_decided_by_the_flag(monkeypatch):
     said = []
     monkeypatch.setattr(machine, "compiler_trouble", lambda device="cpu": "no g++ here")

@@ -169,6 +169,16 @@ def test_damaged_and_hostile_files_are_refused(case, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_full_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    damaged_npz(tmp_path / "sound.npz", "none")
+    monkeypatch.setattr("runtime.picture_sets._stored_statistics", fail)
+    with pytest.raises(MemoryError):
+        open_pictures(tmp_path / "sound.npz")
+
+
 def test_folders_without_sound_pictures_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no JPEG"):

@@ -40,6 +40,7 @@ STEPS = 8
 # The rate does not depend on --steps, so that a run can also be stopped by a smaller --steps and still be the same run.
 FLAGS = [*QUICK, "--schedule", "constant", "--log-every", "1"]
 PATIENCE = 150  # seconds until a test gives up waiting: a start takes 6 on a quiet machine, and machines are not quiet
+PAUSE = 0.02  # seconds between two looks
 
 PRELUDE = f"""
 import itertools, os, pathlib, runpy, signal, sys, time
@@ -145,12 +146,22 @@ class Job:
                 found[pid] = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         return found
 
+    def until(self, condition, what, alive=False):
+        """Looks again and again until condition() is true. alive: a job that ends before that is a failure.
+
+        It gives up in the end, or a hang would have none; how long a thing takes is not judged.
+        """
+        for _ in range(int(PATIENCE / PAUSE)):
+            if condition():
+                return
+            if alive and self.process.poll() is not None:
+                break
+            time.sleep(PAUSE)
+        pytest.fail(f"no {what}; left {self.members()}:\n{self.text}")
+
     def wait_for(self, condition, what):
-        """Waits until condition() is true; a job that ends or a time that passes before that is a failure."""
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < deadline and self.process.poll() is None, f"no {what}:\n{self.text}"
-            time.sleep(0.02)
+        """Waits until condition() is true of a job that runs."""
+        self.until(condition, what, alive=True)
 
     def wait_for_step(self, step):
         """Waits for the line that rank 0 prints after a step."""
@@ -162,23 +173,20 @@ class Job:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still running after {timeout} s:\n{self.text}")
-        deadline = time.monotonic() + PATIENCE  # loader workers look for their parent every 5 seconds
-        while self.members():
-            assert time.monotonic() < deadline, f"left behind: {self.members()}\n{self.text}"
-            time.sleep(0.1)
+        self.until(lambda: not self.members(), "end")  # loader workers look for their parent every 5 seconds
         return status
 
     def kill(self):
         """SIGKILL for every process, again until none is left (a fork may be under way)."""
-        deadline = time.monotonic() + PATIENCE
-        while members := self.members():
-            assert time.monotonic() < deadline
+
+        def gone():
+            members = self.members()
             for pid in members:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            time.sleep(0.02)
+            return not members
+
+        self.until(gone, "end of all processes")
         self.process.wait()
 
 

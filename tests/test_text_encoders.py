@@ -241,6 +241,15 @@ def test_missing_transformers_is_told_with_the_remedy(tmp_path, monkeypatch):
     assert load_text_encoder("words").encode(["a cat"]).any()  # which needs nothing
 
 
+def test_a_full_memory_is_not_taken_for_a_damaged_model(qwen3_folder, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("transformers.Qwen3Model.from_pretrained", fail)
+    with pytest.raises(MemoryError):
+        load_text_encoder(str(qwen3_folder))
+
+
 def test_damaged_and_incomplete_weights_are_refused(qwen3_folder, tmp_path):
     """transformers by itself would fill a weight that is not there with random numbers, and warn."""
     folder = shutil.copytree(qwen3_folder, tmp_path / "copy")
