@@ -255,6 +255,7 @@ def test_two_rows_of_a_seed_see_the_same_samples_and_another_seed_sees_others(da
         assert torch.equal(field, linear) and torch.equal(field, conv) and not torch.equal(field, other)
 
 
+@pytest.mark.slow
 def test_a_run_repeats_to_the_bit_and_counts_what_it_did(data):
     first, second = (ablations.train_row("field, twice as long", 0, STUDY, data) for _ in range(2))
     for name in first.keys() - {"cpu_seconds"}:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import importlib.util
 import os
 import pathlib
@@ -26,6 +27,7 @@ def named_tests(page):
     return re.findall(r"(test_\w+\.py)::([\w*]+)", page.read_text())
 
 
+@functools.cache
 def existing_tests(file):
     """The names of the tests in a file of tests/."""
     tree = ast.parse((ROOT / "tests" / file).read_text())
@@ -159,6 +161,7 @@ def test_marked_blocks_are_found_and_others_are_not():
     assert sum(bool(runnable_commands(page.read_text())) for page in PAGES) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if RUNNABLE.search(page.read_text())], ids=lambda page: page.name
 )

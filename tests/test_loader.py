@@ -44,6 +44,7 @@ print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)), flush=T
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_in_a_read_does_not_outlive_the_run_nor_keep_it_from_ending():
     """As on a network drive that is gone. Catches: workers that block SIGTERM, for which Python waits at its end."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

@@ -744,13 +744,14 @@ def test_after_many_kills_stops_restarts_and_jumps_of_the_clock_the_end_is_exact
                 job.wait_for(lambda: " left" in job.text, "first step")
             time.sleep(draw.uniform(0, 4))
             victim, number = draw.randrange(ranks), signal.SIGKILL if "kill" in how else signal.SIGTERM
-            with contextlib.suppress(StopIteration, ProcessLookupError):  # it has not begun
-                if how == "kill all":
-                    job.kill()
-                elif "one" in how:
-                    os.kill(job.pid(victim if ranks > 1 else None), number)
-                else:
-                    job.process.send_signal(number)
+            if how == "kill all":
+                job.kill()
+            else:
+                of_rank = [] if "all" in how or ranks == 1 else job.starters(victim)
+                pid = job.pid(victim) if of_rank else job.process.pid  # also where the rank has not begun
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            print(f"{how}, {ranks} ranks, after {job.text.count(' left')} steps", flush=True)
             job.finish()
             assert "saved; the same command" in job.text or "stop" not in how or " left" not in job.text, job.text
         steps = [int(path.stem[5:]) for path in out.glob("step-*.pt")]

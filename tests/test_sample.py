@@ -519,6 +519,7 @@ def test_an_image_that_is_not_finite_is_refused(tmp_path):
     assert not list(tmp_path.rglob("x.npz")) and not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_as_seen_from_outside(ckpt, tmp_path):
     """A process of its own, whose files may have 1,000 bytes: one line on stderr, status 1, the old picture kept."""
     picture, limit = tmp_path / "x.png", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

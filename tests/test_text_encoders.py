@@ -263,6 +263,7 @@ def test_damaged_and_incomplete_weights_are_refused(qwen3_folder, tmp_path):
         assert "lacks the weight layers." in refusal(folder)
 
 
+@pytest.mark.slow
 def test_no_network_is_told_in_one_line(tmp_path):
     """In a process of its own, whose transformers is told to be offline and has an empty cache."""
     pytest.importorskip("transformers", reason="needs pip install -r requirements-text.txt")

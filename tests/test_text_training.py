@@ -109,6 +109,7 @@ def test_changed_captions_do_not_resume_without_a_word(tmp_path, captioned):
     assert "the pictures are not those of the run so far" in line and "--accept-changed-data" in line
 
 
+@pytest.mark.slow
 def test_a_text_model_learns_four_captions_by_heart(tmp_path):
     """From the same noise, each caption draws its own picture. Catches a condition that does not reach the image."""
     colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "a white picture": (255, 255, 255)}

@@ -440,6 +440,7 @@ def test_training_goes_on_to_its_checkpoint_when_the_reader_of_its_output_leaves
     assert_same_run(last(tmp_path / "run"), last(uninterrupted))
 
 
+@pytest.mark.slow
 def test_training_and_drawing_with_a_closed_output_do_their_work(tmp_path):
     """As in `train.py >&-`, where Python has no stdout. Catches: a traceback in the place of a checkpoint."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
