@@ -42,7 +42,7 @@ class _Sink:
         try:
             self.error or self.file.write(data)
         except OSError as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames would keep the whole state in memory
         return len(data)
 
     def flush(self):

@@ -192,19 +192,21 @@ def test_old_and_foreign_files_are_named_as_such(tmp_path):
 
 
 def test_a_full_disk_keeps_the_previous_file_and_tells_the_true_reason(tmp_path):
-    """A file-size limit stands for the disk: the write fails with EFBIG half-way through."""
+    """A file-size limit stands for the disk: the write fails with EFBIG half-way through. Nothing keeps the state."""
     code = (
-        "import resource, signal, sys, torch\nfrom runtime import checkpoint\n"
+        "import gc, resource, signal, sys, torch, weakref\nfrom runtime import checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(10)})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: checkpoint.save_checkpoint(sys.argv[1], {'a': torch.zeros(100_000)})\n"
+        "state = {'a': torch.zeros(100_000)}\nkept = weakref.ref(state['a'])\n"
+        "try: checkpoint.save_checkpoint(sys.argv[1], state)\n"
         "except OSError as error: print(error.errno)\n"
+        "del state\ngc.collect()\nprint(kept())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "x.pt"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.strip() == "27", done.stderr  # EFBIG, not a RuntimeError of the zip writer
+    assert done.stdout.split() == ["27", "None"], done.stderr  # EFBIG, not a RuntimeError of the zip writer
     assert os.listdir(tmp_path) == ["x.pt"]
     assert load_checkpoint(tmp_path / "x.pt")["a"].shape == (10,)
 
