@@ -396,6 +396,7 @@ def test_more_evaluations_come_closer_to_the_finest(monkeypatch):
     assert again["errors"] == found["heun 20"]["errors"] and again["against"] == found["heun 20"]["against"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row, calls, patch", [("48 pixels, more tokens", {(48, None)}, 8), ("64 pixels, denser", {(64, (4, 4))}, 16)]
 )

@@ -168,6 +168,7 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_next_start_makes_up_for_it(
     assert status == 0 and "nothing to do" in stdout and "emoji_distance" in metrics.read_text(), stderr
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
     """SIGHUP, and from then on each line that is printed fails. Catches: steps lost with the terminal."""
     master, terminal = pty.openpty()

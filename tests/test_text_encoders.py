@@ -83,6 +83,7 @@ def test_the_names_of_the_emoji_fit_and_stay_apart():
     assert len({tuple(words(name)) for name in names}) == len(names) == 1905
 
 
+@pytest.mark.slow
 def test_known_words_stay_apart_and_an_unknown_one_is_near_its_spelling():
     """Of the emoji's words, no two are closer than 0.85; three plurals in four lie nearest to their singular."""
     known = sorted({word for name in emoji_names() for word in words(name)})
