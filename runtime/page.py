@@ -226,7 +226,7 @@ def _connect(parts, jobs, models, controls_of):
     started = []
 
     def start(event, job, inputs, outputs):
-        """The browser says that a job waits, was refused, or stopped: its end fails, after all that it had sent."""
+        """The browser says that a job waits, was refused or stopped: the latter two fail, after all their messages."""
         status = parts["status"]
         waiting = event(None, None, status, js=f"() => (window.stopped = false, '{WAITING}')", **quiet)
         started.append(waiting.then(stream(job), inputs, outputs, **one))

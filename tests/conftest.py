@@ -31,12 +31,11 @@ def emoji_read_once():
     plain, read = Emoji.__init__, {}
 
     def opened(self, resolution, augment=False, captions=False):
-        if (resolution, captions) not in read:
+        key = resolution, captions
+        if key not in read:
             plain(self, resolution, False, captions)
-            read[resolution, captions] = vars(self).copy()
-        vars(self).update(
-            read[resolution, captions], labels=read[resolution, captions]["labels"].copy(), augment=augment
-        )
+            read[key] = vars(self).copy()
+        vars(self).update(read[key], labels=read[key]["labels"].copy(), augment=augment)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Emoji, "__init__", opened)

@@ -747,8 +747,8 @@ def test_after_many_kills_stops_restarts_and_jumps_of_the_clock_the_end_is_exact
             if how == "kill all":
                 job.kill()
             else:
-                of_rank = [] if "all" in how or ranks == 1 else job.starters(victim)
-                pid = job.pid(victim) if of_rank else job.process.pid  # also where the rank has not begun
+                begun = "one" in how and ranks > 1 and job.starters(victim)
+                pid = job.pid(victim) if begun else job.process.pid
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             print(f"{how}, {ranks} ranks, after {job.text.count(' left')} steps", flush=True)
