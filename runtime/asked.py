@@ -113,10 +113,8 @@ def read(models, values, limit, film=False, inside=False):
     if flops > limit * served.speed:
         served.measure()  # for the first time, or the machine was busy before
     if flops > limit * served.speed:
-        line = f"about {flops / served.speed:,.0f} s, and a job may take {limit:,.0f} s"
-        raise UserError(
-            f"this would take {line}: lower --steps, --num or --{'resolution' if served.text else 'upscale'}"
-        )
+        line = f"about {flops / served.speed:,.0f} s, and a job may take {limit:,.0f} s: lower --steps, --num or"
+        raise UserError(f"this would take {line} --{'resolution' if served.text else 'upscale'}")
     command = shlex.join(["python", "sample.py", *words])
     return Asked(served, title, flags, command, y, size, grid, how, solvers, flops / served.speed)
 

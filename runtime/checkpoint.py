@@ -118,10 +118,8 @@ def check_same(saved, wanted, path, note=""):
     """UserError, naming the field and both values, unless two dicts of settings agree on what both have."""
     for name, value in saved.items():
         if name in wanted and wanted[name] != value:
-            remedy = f"use the same value, or another file or --out folder{note}"
-            raise UserError(
-                f"{path} was trained with {name}={value!r}, but this run asks for {wanted[name]!r}: {remedy}"
-            )
+            asked = f"{wanted[name]!r}: use the same value, or another file or --out folder{note}"
+            raise UserError(f"{path} was trained with {name}={value!r}, but this run asks for {asked}")
 
 
 def check_start(theirs, ours, path):

@@ -131,9 +131,7 @@ def far_from_training(config, size, grid):
     height, width = size[0] // rows, size[1] // columns
     pixels = f"{height}x{width} pixels a patch where the model was trained with {P}x{P}"
     if max(height, width) > 2 * P:
-        remarks.append(
-            f"{pixels}: expect softness and visible borders of patches; draw at --upscale 2 and enlarge that"
-        )
+        remarks.append(f"{pixels}: expect softness and visible borders; draw at --upscale 2 and enlarge that")
     elif min(height, width) < P:
         remarks.append(f"{pixels}: expect specks; draw at --upscale 1 and shrink the picture")
     return remarks

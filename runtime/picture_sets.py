@@ -183,9 +183,8 @@ def _stored_statistics(archive, keys):
         value = _read_array(archive, key)
         expected = STATISTICS.get(key, (min(len(value), MAX_FEATURES), 2048))
         if value.shape != expected or value.dtype not in (np.float32, np.float64):
-            raise UserError(
-                f"{path}: {key} is {value.dtype} {value.shape}; Inception's statistics are float {expected}"
-            )
+            found = f"{key} is {value.dtype} {value.shape}"
+            raise UserError(f"{path}: {found}; Inception's statistics are float {expected}")
         if not np.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or Inf")
         stored[key] = torch.from_numpy(value)

@@ -10,6 +10,7 @@ saves and previews, networks between nodes (give their speed with --bandwidth).
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -120,6 +121,13 @@ def training_flops(config, repa=False, conv=False, encoded=1.0):
     return 3 * (forward_flops(config) + projector) + sum(frozen_flops(config, repa, encoded))
 
 
+@functools.cache
+def number_of_weights(config):
+    """Of the model of a configuration, counted in the model itself, without memory for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(config).parameters())
+
+
 @dataclasses.dataclass
 class Plan:
     """A run, by its flags (bandwidth in GB/s; encoded: of `encoded_share`), and its cost for a process; sizes in bytes.
@@ -148,8 +156,7 @@ class Plan:
 
     def __post_init__(self):
         config, world = self.config, self.world
-        with torch.device("meta"):
-            model = sum(p.numel() for p in build_model(config).parameters())
+        model = number_of_weights(config)
         self.projector = projector_size(config, self.conv)[0] * self.repa
         averages = {"adamw": 2, "muon": 1}[self.optimizer]  # of nearly every parameter
         self.parameters = model + self.projector
@@ -224,11 +231,9 @@ class Plan:
     def _frozen(self, images):
         """The networks that are asked and not trained, in lines."""
         teacher, encoder = (flops / self.flops for flops in frozen_flops(self.config, self.repa, self.encoded))
-        lines = []
+        size, lines = 4 * TEACHER_WEIGHTS / 1e9, []
         if teacher:
-            lines.append(
-                f"teacher             ViT-B/14, frozen: {4 * TEACHER_WEIGHTS / 1e9:.1f} GB, {teacher:.0%} of the step"
-            )
+            lines.append(f"teacher             ViT-B/14, frozen: {size:.1f} GB, {teacher:.0%} of the step")
         if encoder:
             size = 2 * ENCODER_WEIGHTS / 1e9
             lines.append(f"text encoder        Qwen3-1.7B, frozen: {size:.1f} GB, {encoder:.0%} of the step")

@@ -111,6 +111,7 @@ def test_the_run_is_that_of_the_printed_command_and_both_resume_it_without_timin
     assert "the pictures are not those of the run so far" in complaint(*ask)
 
 
+@pytest.mark.slow
 def test_of_two_starts_at_once_the_second_is_refused_and_chooses_nothing(photos, tmp_path, monkeypatch):
     """Started while the first one times its steps. Catches: an auto.json that is not of the run beside it."""
     ask = ["--size", "auto", "--data", str(photos), "--steps", "2", "--out", str(tmp_path / "run"), *SMALL]

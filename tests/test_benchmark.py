@@ -2,14 +2,13 @@
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from experiments import benchmark
-from helpers import ROOT, TINY, randomised
+from helpers import TINY, randomised
 from model import PixNerdConfig
 from runtime.files import UserError
 from text_model import PRESETS as TEXT_PRESETS
@@ -17,11 +16,12 @@ from text_model import PRESETS as TEXT_PRESETS
 CPU = torch.device("cpu")
 
 
-def test_a_wrong_figure_is_refused_with_the_names_of_the_right_ones():
-    command = [sys.executable, "-m", "experiments.benchmark", "--only", "M-forward"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    named = [*benchmark.MODELS, "loader", "metrics"]
-    assert done.returncode == 2 and all(name in done.stderr.splitlines()[-1] for name in named)
+def test_a_wrong_figure_is_refused_with_the_names_of_the_right_ones(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "M-forward"])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and all(name in line for name in [*benchmark.MODELS, "loader", "metrics"])
 
 
 def test_a_small_figure_prints_seconds_and_shares_that_fit(monkeypatch, capsys):

@@ -79,7 +79,7 @@ def test_flipped_bits_are_rejected(tmp_path):
             load_checkpoint(path)
 
 
-@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("mmap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bits_flipped_around_the_tensors_are_rejected_or_harmless(tmp_path, mmap):
     """One flip in every byte of a small file: names, sizes, flags, the directory at its end.
 

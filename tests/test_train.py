@@ -235,18 +235,27 @@ def test_one_batch_is_overfitted():
     ],
     ids="=".join,
 )
-def test_each_of_the_papers_choices_trains_another_model_and_samples_it(tmp_path, choice):
+def test_each_of_the_papers_choices_trains_another_model_and_samples_it(tmp_path, plain_choices, choice):
     """Compared with the run without it, from the same seed. Catches: a flag that is read and then forgotten."""
-    drawn, states, flags = [], [], ("--steps", 2, "--lr", "0.1")
-    for out, more in ((tmp_path / "run", choice), (tmp_path / "plain", [])):
-        assert train(out, *flags, *more)[0] == 0
-        how = ("--class", "flags", "--num", 1, "--steps", 2, "--out", out / "x.png", "--device", "cpu")
-        status, _, stderr = run_script("sample.py", "--ckpt", out / "last.pt", *how)
-        assert status == 0, stderr
-        drawn.append(np.asarray(Image.open(out / "x.png")))
-        states.append(last(out)["model"])
-    assert drawn[0].shape == drawn[1].shape == (36, 36, 3) and not np.array_equal(*drawn)
-    assert not same_weights(*states)
+    state, drawn = trained_and_drawn(tmp_path / "run", *choice)
+    assert not np.array_equal(drawn, plain_choices[1]) and not same_weights(state, plain_choices[0])
+
+
+@pytest.fixture(scope="module")
+def plain_choices(tmp_path_factory):
+    """`trained_and_drawn` with none of them."""
+    return trained_and_drawn(tmp_path_factory.mktemp("plain"))
+
+
+def trained_and_drawn(out, *choice):
+    """(weights after two steps with these flags, the picture (36, 36, 3) that sample.py draws with them)."""
+    assert train(out, "--steps", 2, "--lr", "0.1", *choice)[0] == 0
+    how = ("--class", "flags", "--num", 1, "--steps", 2, "--out", out / "x.png", "--device", "cpu")
+    status, _, stderr = run_script("sample.py", "--ckpt", out / "last.pt", *how)
+    assert status == 0, stderr
+    drawn = np.asarray(Image.open(out / "x.png"))
+    assert drawn.shape == (36, 36, 3)
+    return last(out)["model"], drawn
 
 
 def same_weights(one, other):

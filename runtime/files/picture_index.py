@@ -195,9 +195,8 @@ def _index_folder(root):
         names = [f"{FLAT}/{name}" for name in loose]
         return _make_index(root, [], names, stamps, flat=True, skipped=skipped)
     if not classes:
-        raise UserError(
-            f"{root} has no class folders and no JPEG, PNG or WEBP pictures: give a folder of one of the two"
-        )
+        remedy = "give a folder of one of the two"
+        raise UserError(f"{root} has no class folders and no JPEG, PNG or WEBP pictures: {remedy}")
     if loose:
         skipped[BESIDE] = len(loose)
     return _make_index(root, classes, names, stamps, skipped=skipped)
