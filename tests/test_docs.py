@@ -122,6 +122,15 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
             assert not anchor or anchor in headings(target.read_text()), f"{page.name} links to {link}"
 
 
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "eval_fid.py", "app.py"])
+def test_every_flag_stands_on_a_page(script):
+    """Catches: a flag that only --help knows."""
+    status, told, _ = run_script(script, "--help")
+    flags, pages = set(re.findall(r"^  (--[a-z][a-z0-9-]*)", told, re.MULTILINE)), "".join(p.read_text() for p in PAGES)
+    assert status == 0 and len(flags) > 5
+    assert not [flag for flag in flags if not re.search(rf"{flag}(?![a-z0-9-])", pages)]
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
