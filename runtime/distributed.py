@@ -112,7 +112,7 @@ class Processes:
         if self.world == 1:
             return module
         devices = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def close(self):
         """The end, on all ranks."""
