@@ -202,7 +202,6 @@ def main():
     if args.dry_run:
         plan = planned(args, config, world, precision, encoded)
         return processes.say(plan.report(len(dataset), steps, args.size, args.keep, remark))
-    keep_in_memory(dataset, config.resolution, processes.say)
     encoder, config = open_text_encoder(config, args.cache_text, device)
     encode = encoder and encoder.encode
     judging = (args.eval_ref, args.exif, args.inception, args.eval_num, config, args.seed, device, precision, processes)
@@ -236,6 +235,7 @@ def main():
     if step < steps:
         size = f"{args.size}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
         processes.say(f"training {size}, on {args.data}, in {precision} on {world} x {device.type}: {args.out}/")
+        keep_in_memory(dataset, config.resolution, processes.say)
     gauges, stopping = Gauges(processes, device), Stopping(processes)
     numbers = BatchNumbers(step, steps, args.batch_size, micro, processes.rank, processes.world)
     batches = training_batches(dataset, numbers, args.seed, args.shift, args.workers, device, encode)

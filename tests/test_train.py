@@ -35,7 +35,7 @@ from flow import alignment_loss, flow_matching_loss, interpolate, sample_time
 from model import Block, PixNerd
 from neural_field import NeuralField
 from pretrained.inception import InceptionV3
-from runtime import previews, recompute
+from runtime import crops, previews, recompute
 from runtime.checkpoint import build_model, checked_config, load_checkpoint, save_checkpoint
 from runtime.frequencies import by_frequency
 from runtime.log import Log
@@ -595,11 +595,14 @@ def test_a_checkpoint_of_another_configuration_names_the_field(uninterrupted):
         assert f"{field}={old}" in message and str(new) in message
 
 
-def test_changed_data_is_refused_unless_accepted(folder, tmp_path):
+def test_changed_data_is_refused_unless_accepted(folder, tmp_path, monkeypatch):
+    """And before any picture is prepared. Catches: minutes of scaling pictures, and only then the line."""
     out, flags = tmp_path / "run", ("--data", folder)
     assert train(out, "--steps", 1, *flags)[0] == 0
     Image.new("RGB", (32, 32)).save(folder / "cat" / "more.png")
-    assert "--accept-changed-data" in refuses(out, "--steps", 2, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(crops, "keep_in_memory", None)
+        assert "--accept-changed-data" in refuses(out, "--steps", 2, *flags)
     assert train(out, "--steps", 2, "--accept-changed-data", *flags)[0] == 0
 
 
