@@ -148,10 +148,8 @@ def test_a_write_that_fails_is_one_line_and_the_same_command_then_ends_exactly(t
     print(f"{len(numbers)} of {len(faults.calls)} calls failed {'and all after it' if lasting else 'once'}")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["folder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tar", "captions", "captions_in_a_tar"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "tar", "captions", "captions_in_a_tar"])
 def test_a_read_that_fails_is_one_line_that_names_the_place(tmp_path, monkeypatch, kind):
     """Every read of pictures by class or with captions, from files or from a tar."""
     data = make_class_folder(tmp_path / "data")

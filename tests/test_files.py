@@ -306,8 +306,11 @@ run(main)
     "what, line",
     [
         ("picture", "script.py: cat/3.png is not a readable image"),
-        ("fault", "RuntimeError: a fault"),
-        ("interrupt", "script.py: interrupted; what was saved stays, and the same command resumes from there"),
+        pytest.param("fault", "RuntimeError: a fault", marks=pytest.mark.slow),
+        pytest.param(
+            *("interrupt", "script.py: interrupted; what was saved stays, and the same command resumes from there"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_script_ends_although_loader_workers_are_still_there(tmp_path, what, line):

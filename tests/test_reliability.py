@@ -546,6 +546,7 @@ def test_a_killed_loader_worker_is_an_error_that_names_it(tmp_path, ranks):
         assert_one_line(job.text, by_torch["unexpectedly" in job.text])
 
 
+@slow
 def test_a_batch_that_does_not_divide_by_the_ranks_is_one_line(tmp_path):
     """It is refused before the ranks meet, so a rank of two can be asked alone."""
     text = fails(tmp_path / "run", "--batch-size", 5, ranks=1, WORLD_SIZE="2", RANK="1")

@@ -422,6 +422,7 @@ def test_stopped_and_resumed_many_times_equals_one_go(uninterrupted, tmp_path, m
     assert steps == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_killed_while_training_resumes_exactly(uninterrupted, tmp_path):
     out = tmp_path / "run"
     process = start(out, "--steps", 8, "--save-every", 1)
@@ -742,6 +743,7 @@ def test_without_a_compiler_it_says_so_in_one_line_and_goes_on(tmp_path):
     assert last(out)["step"] == 1
 
 
+@pytest.mark.slow
 def test_training_makes_the_loss_on_the_emoji_fall(tmp_path):
     """Nano's field and recipe, 45 steps of 16 images: measured 0.59 to 0.65 over the last 15, 1.45 in the first."""
     shape = ("--patch-size", 8, "--field-width", 32, "--field-depth", 2)
