@@ -15,6 +15,7 @@ from runtime.previews import JUDGED_SMALL
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evidence.md"
 EVIDENCE = PAGE.parent / "evidence"
+TEXT = pathlib.Path(__file__).with_name("evidence_page.md")  # the words around the numbers
 FEWEST = 3  # pairs, below which nothing is concluded
 MEASURES = {"loss": "held-out loss", "error": "error of the pictures", "distance": "emoji distance"}
 KEYS = {"loss": "loss", "distance": "emoji_distance"}  # where a run that trains has them
@@ -324,59 +325,23 @@ def cpu_seconds(record):
 
 
 def how_measured(claims, records, study, real_border):
-    """The section that says what was compared, how, on what, in how many hours."""
-    hours = sum(record["wall_seconds"] for record in records) / 3600
-    cpu_hours = sum(map(cpu_seconds, records)) / 3600
-    machines = "; ".join(sorted({record["machine"] for record in records})) or "none yet"
-    commits = ", ".join(sorted({record["code"] for record in records})) or "none yet"
-    config = study.config
+    """What TEXT says of how it was measured: {name: value}."""
     compared = [
         judged(claim, records, *pair) for claim in claims.values() if claim.kind == "train" for pair in claim.pairs
     ]
-    verdicts = sum(map(len, compared))
-    return (
-        f"""## How it was measured
-
-- **World**: the emoji at {config.resolution} pixels in patches of {config.patch_size}. Tokens have {config.hidden_size}
-  numbers, more than the {3 * config.patch_size**2} of a patch (1024 and 768 in the paper), since narrower ones could
-  not carry a patch to a linear decoder. One drawing in ten is held out (`experiments/held_out.txt`; near-duplicates are
-  on one side).
-- **Rows**: `field` is what most are compared with: {config.depth} blocks of transformer, {config.field_depth} blocks of
-  field of width {config.field_width} and, as in the released models, both matrices and the output normalised and DCT
-  frequencies from 0 to {config.num_freqs}. `linear` has one block of transformer more and costs the same. The others
-  change what their name says.
-- **Length**: {study.steps} steps of {study.batch_size} pictures, AdamW, learning rate from {study.lr:g} down to 0.
-  That is short: samples are rough patches of colour, and what the paper's 800,000 steps would show may differ. What
-  twice the steps change is the claim {linked("length", claims, records)}.
-- **Pairs**: runs of one seed see the same pictures, noise, times and dropped labels. A difference is the mean over the
-  seeds of row minus base, ± its standard error. Within two standard errors, or with fewer than {FEWEST} seeds, the
-  verdict is "cannot tell". With three seeds that is a weak test: 18 of 100 differences that are chance would pass it.
-  Of rows that draw, the {study.sampler_pictures} pictures take the place of the seeds: each starts from the same noise
-  in all rows, and the error of a difference of emoji distances is over random choices of them. "lower" and "higher"
-  stand where no publication says what to expect.
-- **Two verdicts**: rows that train are compared by loss and by distance. The paper compares pictures, by FID, to which
-  the distance is closer; the loss varies less between seeds. Where one can tell and the other
-  cannot, the claim is not settled here. There are {verdicts} such verdicts, so some are chance.
-- **Held-out loss**: of the averaged weights, weighted by how often training meets each tenth of t. **Emoji distance**:
-  of {study.samples} samples to all drawings ([what it is](measurements.md#the-emoji-distance)), at 32 pixels; lower is
-  better. Rows that train are drawn in {JUDGED_SMALL["steps"]} steps of Adams with guidance {JUDGED_SMALL["scale"]}.
-  The small classifier behind it, which is also the teacher of alignment, has seen held-out drawings. **Border
-  ratio**: mean difference of neighbours across patch borders over that inside patches; of the real pictures it is
-  {real_border:.3f}. **Error**: root mean square difference from the picture that 200 evaluations draw, in steps of
-  1/255.
-- **Switches of train.py** for the ideas since, off by default: `--prediction clean` (the decoder gives the image, the
-  loss is of the velocity towards it), `--loss frequency` (errors that the eye sees weigh more) and `--repa-projector
-  conv` (neighbouring tokens are aligned together, with a teacher that is normalised over the places).
-- **GFLOP a step**: matrix products of the model, forward and backward. The teacher and the projector of alignment are
-  not counted; the projector is among the parameters.
-- **CPU s**: processor seconds of the training steps, or of drawing. The machine had other work beside it, and more in
-  one session than in another, so that rows of the same GFLOP differ: these are no comparison of speed, which is in
-  [measurements.md](measurements.md#speed).
-- **Time**: {hours:.1f} hours by the clock, with loading and measuring; {cpu_hours:.1f} CPU hours of training steps and
-  drawing alone. Machine: {machines}. Code: {commits}.
-""".splitlines()
-        + [""]
-    )
+    return {
+        "study": study,
+        "patch_numbers": 3 * study.config.patch_size**2,
+        "length": linked("length", claims, records),
+        "fewest": FEWEST,
+        "verdicts": sum(map(len, compared)),
+        "judged": JUDGED_SMALL,
+        "real_border": real_border,
+        "hours": sum(record["wall_seconds"] for record in records) / 3600,
+        "cpu_hours": sum(map(cpu_seconds, records)) / 3600,
+        "machines": "; ".join(sorted({record["machine"] for record in records})) or "none yet",
+        "commits": ", ".join(sorted({record["code"] for record in records})) or "none yet",
+    }
 
 
 def borders(claims, records, usual):
@@ -425,55 +390,27 @@ def not_run(claims, records, not_here):
 
 def page_text(claims, records, study, not_here, folder, real_border):
     """The whole page, from the records of this study: the table of claims, one picture, then the details."""
-    lines = (
-        """# Evidence
-
-The paper's claims, and three ideas since, in a world small enough for two CPU cores. Every number of this page was
-written by the command that measured it, from the lines in [evidence/runs.jsonl](evidence/runs.jsonl), each of which
-holds its command, seed, machine and code version:
-
-```
-python -m experiments.ablations --list                             # claims, their minutes, and which runs are done
-python -m experiments.ablations --claim decoder --out runs/mine    # one claim anew, with a page of its own
-python -m experiments.ablations --all                              # what is not stored yet, then this page
-```
-
-A run that is stored counts as done, whoever made it: without `--out`, `--all` in a fresh clone does only what is
-missing. Below, the minutes of a claim are those of all of its stored runs, by the clock and on a machine with other
-work beside it; runs that claims share are counted in each.
-""".splitlines()
-        + [""]
-    )
-    lines += summary(claims, records)
+    top, seams = summary(claims, records), borders(claims, records, real_border)
     if (folder / plot_file("claims")).exists():
         told = "Held-out loss and emoji distance of each row against its base"
-        lines += [f"![{told}](evidence/{plot_file('claims')})", ""]
-    seams = borders(claims, records, real_border)
+        top += [f"![{told}](evidence/{plot_file('claims')})", ""]
     if seams:
-        lines += [
-            "Which part of the field closes the gap at the borders of patches is told in [Borders](#borders).",
-            "",
-        ]
-    lines += how_measured(claims, records, study, real_border)
-    rows = dict.fromkeys(name for claim in claims.values() for name in claim.rows())
+        top += ["Which part of the field closes the gap at the borders of patches is told in [Borders](#borders).", ""]
+    rows, lines = dict.fromkeys(name for claim in claims.values() for name in claim.rows()), []
     if trained := [name for name in rows if "loss" in next(iter(by_seed(records, name).values()), {})]:
-        lines += [
-            "## The rows that train",
-            "",
-            *training_table(trained, records, real_border),
-            *bins_table(trained, records),
-        ]
+        lines += ["## The rows that train", "", *training_table(trained, records, real_border)]
+        lines += bins_table(trained, records)
     lines += seams
     for key, claim in claims.items():
         lines += claim_lines(key, claim, records, folder, real_border) if has_run(claim, records) else []
     if strips := [name for name in rows if by_seed(records, name).get(0) and (folder / strip_file(name)).exists()]:
-        told = (
-            "Of seed 0: each column asks for one class, or one name of the text rows, and starts from the same noise "
-        )
-        told += "in all rows of one size. Of solvers with more than 10 evaluations only the finest are shown."
+        told = "Of seed 0: each column asks for one class, or one name of the text rows, and starts from the same "
+        told += "noise in all rows of one size. Of solvers with more than 10 evaluations only the finest are shown."
         lines += ["## Samples", "", told, ""]
         lines += table(["row", "samples"], [[name, f"![{name}](evidence/{strip_file(name)})"] for name in strips])
-    return "\n".join(lines + not_run(claims, records, not_here)) + "\n"
+    lines += not_run(claims, records, not_here)
+    how = how_measured(claims, records, study, real_border)
+    return TEXT.read_text(encoding="utf-8").format(summary="\n".join(top), sections="\n".join(lines), **how)
 
 
 def write_page(claims, records, study, not_here, docs, real_border):

@@ -97,6 +97,7 @@ def main():
     parser.add_argument("ckpt", nargs="?", help="a text model of the emoji, by name or file")
     parser.add_argument("--hold-out", help="the captions that it was not trained on, as for train.py")
     parser.add_argument("--num", type=COUNT, help="names that are drawn, spread over all (default: all)")
+    parser.add_argument("--append", default="", help="draw each name with this behind it: s asks for (nearly) plurals")
     parser.add_argument("--npz", help="keep the pictures in this file; the same command resumes (default: they go)")
     parser.add_argument("--write-list", help="write the list of held-out names to this file, and stop")
     parser.add_argument("--cfg", type=FINITE, default=2.5)
@@ -129,11 +130,12 @@ def main():
         groups["held out"] = [i for i, name in enumerate(wanted) if name in unseen]
         groups["held out, of known words"] = [i for i in groups["held out"] if known.issuperset(words(wanted[i]))]
     how = {name: getattr(args, name) for name in ("cfg", "shift", "temperature", "steps", "seed")}
-    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
+    prompts = [name + args.append for name in wanted]
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
     settings = {"model": weights_hash(model), "num": args.num, "hold_out": args.hold_out, "names": digest, **how}
     with tempfile.TemporaryDirectory() as folder:
         path = args.npz or pathlib.Path(folder, "drawn.npz")
-        images = draw_each(model, encoder, wanted, path, settings, **how)
+        images = draw_each(model, encoder, prompts, path, settings, **how)
     real = torch.stack([emoji.picture(i) for i in range(len(emoji))])  # (R, 3, 32, 32)
     table = retrieval_table(images, real, names, wanted, groups)
     print(json.dumps({"ckpt": args.ckpt, **how}))

@@ -206,7 +206,9 @@ def load_inception(path=None):
     """
     path = pathlib.Path(path) if path else cached_download(URL, flag="--inception", sha256_prefix=SHA256_PREFIX)
     weights = load_tensors(path, legacy=True)  # without checksums, if old; eval_fid.py compares the SHA-256
-    model = InceptionV3()
+    with torch.device("meta"):  # random numbers would take longer to draw than these weights to read
+        model = InceptionV3()
+    model.to_empty(device="cpu")
     # PyTorch's BatchNorms have a step counter, which a frozen network never reads: a file may hold these or not.
     counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
     load_weights(model, weights | counters, path)

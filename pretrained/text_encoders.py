@@ -90,10 +90,8 @@ def fit_encoder(model, encoder, path):
     config = model.config
     if encoder.name != config.text_encoder:
         refuse_encoder(path, config.text_encoder, encoder.name)
-    for name, own, theirs in (
-        ("width", config.text_width, encoder.width),
-        ("length", config.text_length, encoder.length),
-    ):
+    for name in ("width", "length"):
+        own, theirs = getattr(config, f"text_{name}"), getattr(encoder, name)
         if own != theirs:
             raise UserError(f"{path} reads text features of {name} {own}, and {encoder.name} gives {theirs}: {HINT}")
     null = encoder.null.to(model.null_features)  # (M, E)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import http.server
 import io
+import multiprocessing
 import os
 import pathlib
 import runpy
@@ -146,6 +147,13 @@ def run_script(*arguments):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return status, stdout.getvalue(), stderr.getvalue()
+
+
+def in_a_fork(function):
+    """function() in a fork of this process, to be killed or to fill a disk: Python and torch need no second start."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    return process
 
 
 def complaint(*arguments):

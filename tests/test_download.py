@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from helpers import BODY, ROOT
+from helpers import BODY, ROOT, in_a_fork
 from runtime.files import UserError, cached_download, download
 
 
@@ -215,9 +215,7 @@ def test_ranks_that_ask_at_once_download_once(server, tmp_path):
 def test_a_kill_half_way_leaves_nothing_under_the_final_name(server, tmp_path):
     """Catches writing straight to the final name; a lock that outlives its owner. Then the next run resumes."""
     server.stalls, server.cuts = True, [700_000]
-    code = "import sys; from runtime.files import cached_download; cached_download(sys.argv[1], folder=sys.argv[2])"
-    command = [sys.executable, "-c", code, server.url, str(tmp_path)]
-    child = subprocess.Popen(command, start_new_session=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+    child = in_a_fork(lambda: cached_download(server.url, folder=tmp_path))
     part = tmp_path / "weights.pth.part"
     try:
         assert server.stalled.wait(30)
@@ -225,8 +223,8 @@ def test_a_kill_half_way_leaves_nothing_under_the_final_name(server, tmp_path):
         while not (part.exists() and part.stat().st_size > 600_000) and time.monotonic() < deadline:
             time.sleep(0.02)  # until the child has written what it got
     finally:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait(10)
+        child.kill()
+        child.join(10)
     assert part.stat().st_size > 600_000 and not (tmp_path / "weights.pth").exists()
     server.stalls = False
     server.go_on.set()

@@ -526,6 +526,7 @@ def test_features_that_are_not_finite_get_no_number():
         describe(as_pictures(random_pictures(9)), network, "cpu", ALONE)
 
 
+@pytest.mark.slow
 def test_a_shell_sees_one_line_and_the_right_status(tmp_path):
     def run(*arguments):
         script = [sys.executable, str(ROOT / "eval_fid.py"), *arguments]

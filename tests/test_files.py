@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from helpers import ROOT, noise_picture
+from helpers import ROOT, in_a_fork, noise_picture
 from runtime.files import UserError, check_writable, cut_long_sides, read_image, run, whole_file
 from runtime.files.weights import damaged_record
 
@@ -144,15 +144,15 @@ def test_a_kill_while_writing_keeps_the_file_before(tmp_path):
     """Catches writing to the final name; what the killed process leaves is hidden, and replaced next time."""
     path = tmp_path / "file.txt"
     path.write_text("before")
-    code = f"""
-import os, signal
-from runtime.files import whole_file
-with whole_file({str(path)!r}) as temporary:
-    temporary.write_text("aft")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL and path.read_text() == "before"
+
+    def half_a_write():
+        with whole_file(path) as temporary:
+            temporary.write_text("aft")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = in_a_fork(half_a_write)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL and path.read_text() == "before"
     with whole_file(path) as temporary:
         temporary.write_text("after")
     assert path.read_text() == "after" and os.listdir(tmp_path) == ["file.txt"]
@@ -348,7 +348,9 @@ run(main)
     assert (process.wait(60), stderr) == (0, "") and (tmp_path / "end").read_text() == "done"
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-")), "<&- >&- 2>&-"]
+)
 def test_a_script_whose_output_is_closed_does_its_work(tmp_path, closed):
     """As under some schedulers. Catches: a traceback about None, and a mistake that ends with exit status 0."""
     code = "import pathlib, sys; from runtime.files import UserError, run\n"

@@ -214,7 +214,7 @@ def test_no_line_is_longer_than_120_characters():
 
 # All source but the tests, in lines. The aim is 4,500 together; until then these numbers, counted in November 2026, may
 # only fall: whoever adds lines takes as many away, and whoever takes more away writes the new number here.
-MOST_LINES = {"": 2061, "runtime": 5306, "pretrained": 865, "experiments": 2347}
+MOST_LINES = {"": 2061, "runtime": 5306, "pretrained": 865, "experiments": 2286}
 
 
 @pytest.mark.parametrize("room", MOST_LINES)

@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, complaint, text_state
+from helpers import ROOT, complaint, run_script, text_state
 from PIL import Image
 
 from data import ASSETS, open_dataset
@@ -13,6 +14,8 @@ from experiments.prompt_retrieval import draw_each, held_out, ranks, retrieval_t
 from pretrained.text_encoders import load_text_encoder, words
 from runtime.checkpoint import load_model, save_checkpoint
 from runtime.files import UserError
+from runtime.models import find_model
+from runtime.prompts import open_encoder
 
 
 def test_a_rank_counts_the_nearer_drawings_of_other_names():
@@ -81,6 +84,18 @@ def test_an_interrupted_run_goes_on_with_the_names_that_are_missing(tmp_path, mo
     asked.clear()
     assert torch.equal(draw_each(model, Stopping(), names, tmp_path / "parts.npz", how, **how), whole)
     assert asked == [["a"]]
+
+
+def test_what_is_appended_to_the_names_is_asked_for(tmp_path):
+    names = open_dataset("emoji", 32, captions=True).labels
+    plurals = [f"{names[i * len(names) // 2]}s" for i in range(2)]
+    flags = ["emoji-text", "--num", 2, "--steps", 2, "--append", "s", "--npz", tmp_path / "drawn.npz"]
+    status, _, stderr = run_script("experiments/prompt_retrieval.py", *map(str, flags))
+    assert status == 0, stderr
+    model, how = find_model("emoji-text"), dict(seed=0, temperature=0.8, steps=2, shift=2.0, cfg=2.5)
+    by_hand = draw_each(model, open_encoder(model, None, None, "", "cpu"), plurals, tmp_path / "hand.npz", how, **how)
+    with np.load(tmp_path / "drawn.npz") as archive:
+        assert (archive["arr_0"] == by_hand.permute(0, 2, 3, 1).numpy()).all()
 
 
 @pytest.mark.parametrize(

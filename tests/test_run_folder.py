@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pty
 import signal
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_same_run, command, last, make_class_folder, refuses, run_state, train
+from helpers import ROOT, assert_same_run, command, in_a_fork, last, make_class_folder, refuses, run_state, train
 
 from data import open_dataset
 from model import PixNerdConfig
@@ -27,15 +28,19 @@ from text_model import TextPixNerdConfig
 
 def test_a_second_process_on_the_same_folder_is_told_who_has_it(tmp_path):
     """While the first one lives, and no longer. Catches: steps logged twice, and one pruning the other's files."""
-    hold = (
-        "import sys, runtime.run_folder as r, runtime.distributed as d\nf = r.RunFolder(sys.argv[1], d.Processes())\n"
-    )
-    first = [sys.executable, "-c", hold + "print('ready', flush=True); sys.stdin.read()", str(tmp_path / "run")]
-    with subprocess.Popen(first, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        line = refuses(tmp_path / "run", "--steps", 1)
-        assert f"is in use by process {process.pid} on " in line
-        process.stdin.close()
+    ready, end = multiprocessing.Event(), multiprocessing.Event()
+
+    def hold():
+        folder = RunFolder(tmp_path / "run", Processes())  # noqa: F841  the lock is held as long as it lives
+        ready.set()
+        end.wait(60)
+
+    child = in_a_fork(hold)
+    assert ready.wait(60)
+    line = refuses(tmp_path / "run", "--steps", 1)
+    assert f"is in use by process {child.pid} on " in line
+    end.set()
+    child.join()
     assert train(tmp_path / "run", "--steps", 1)[0] == 0
 
 
