@@ -32,9 +32,9 @@ from runtime.files import UserError, check_writable, load_tensors, whole_file
 
 QWEN3 = "Qwen/Qwen3-1.7B"
 HINT = "give it the encoder that it was trained with (--text-encoder)"  # in messages
-# Share of a word's vector that comes from its letters. Of the emoji's 1,790 words, the nearest two ("chain", "chains")
-# then have a cosine of 0.71, and most plurals find their word (tests/test_text_encoders.py measures it). With 0.5 few
-# do; with 0.9 the nearest words have 0.83 in common, and the denoiser has to tell them apart by the rest.
+# Share of a word's vector that comes from its letters; docs/text.md says what it is worth. Of the emoji's 1,790 words,
+# the nearest two ("chain", "chains") have a cosine of 0.71, and most plurals find their word. With 0.5 few do; with 0.9
+# the nearest words have 0.83 in common, and the denoiser has to tell them apart by the rest.
 SPELLING = 0.7
 
 
