@@ -27,19 +27,22 @@ from runtime.plan import MOST_STEPS
 from runtime.run_folder import RunFolder, run_checkpoints
 from runtime.some_classes import SomeClasses
 
-# The first row that fits the pictures, and whose model can see ENOUGH of them in the time; else the last that fits.
-# 128 x 8 is Nano; 192 x 7 the model in assets/, at its rate. Rows of 32 are for pictures below 64 pixels.
-Row = NamedTuple("Row", [(n, float) for n in ("pictures", "resolution", "tokens", "hidden_size", "depth", "lr")])
-SIZE_ROWS = [  # pictures at least, pixels and tokens along a side, width, blocks, learning rate
-    Row(2_000, 128, 8, 192, 7, 6e-3),
-    Row(0, 128, 8, 128, 8, 1e-2),
-    Row(2_000, 64, 8, 192, 7, 6e-3),
-    Row(0, 64, 8, 128, 8, 1e-2),
-    Row(0, 64, 4, 128, 8, 1e-2),
-    Row(0, 32, 4, 128, 8, 1e-2),
+# The first row that fits the pictures and that sees enough of them in the time; else the last that fits. 128 x 8 is
+# Nano; 192 x 7 the model in assets/, at its rate. Rows of 32 are for pictures below 64 pixels. 90,000 images seen are
+# those of the emoji's recipe. With 30,000, patches of 8 had a lower loss than larger ones in the same time
+# (docs/measurements.md, "Photographs").
+Row = NamedTuple(
+    "Row", [(n, float) for n in ("pictures", "resolution", "tokens", "hidden_size", "depth", "lr", "seen")]
+)
+SIZE_ROWS = [  # pictures at least, pixels and tokens along a side, width, blocks, learning rate, images seen at least
+    Row(2_000, 128, 8, 192, 7, 6e-3, 90_000),
+    Row(0, 128, 8, 128, 8, 1e-2, 90_000),
+    Row(2_000, 64, 8, 192, 7, 6e-3, 90_000),
+    Row(0, 64, 8, 128, 8, 1e-2, 30_000),
+    Row(0, 64, 4, 128, 8, 1e-2, 0),
+    Row(0, 32, 4, 128, 8, 1e-2, 0),
 ]
 FEWEST = 16  # pictures, and how many of them are looked at for their size
-ENOUGH = 90_000  # images seen in training, as by the emoji's recipe
 OFTEN = 500  # times that a picture is seen: after as many, the model in assets/ has probably learned its own by heart
 TRAINING_SHARE = 0.9  # share of the time; the rest is for previews and checkpoints
 NOT_WITH = {"recipe": "the recipe", "init": "a new model", "text_encoder": "a model of classes", "epochs": "--steps"}
@@ -108,7 +111,7 @@ def _choose(given, index, N, num_classes, minutes):
         config = dataclasses.replace(flags["config"], num_classes=num_classes)
         seconds = seconds_a_step(config, batch, flags["optimizer"], flags["device"], flags["precision"])
         possible = TRAINING_SHARE * 60 * minutes / seconds  # steps
-        if possible * batch >= min(ENOUGH, OFTEN * N):
+        if possible * batch >= min(row.seen, OFTEN * N):
             break
     most = min(MOST_STEPS, max(1000, OFTEN * N // batch))
     # Two digits, as much as a few timed steps can promise.

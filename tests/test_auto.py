@@ -54,14 +54,15 @@ def chosen(photos, monkeypatch, seconds, *flags, pictures=16, side=160):
 
 def test_a_faster_machine_gets_larger_pictures_and_a_slower_one_larger_patches(photos, monkeypatch):
     pixels = {}
-    for speed in (1e-4, 0.4, 1, 100):
+    for speed in (1e-4, 0.4, 1, 2, 100):
 
         def cost(config, speed=speed):
             return speed * config.resolution**2 / 64**2 * (2 - config.patch_size / 16)
 
         flags = chosen(photos, monkeypatch, cost, pictures=300)
         pixels[speed] = flags["--resolution"], flags["--patch-size"]
-    assert pixels == {1e-4: ("128", "16"), 0.4: ("64", "8"), 1: ("64", "16"), 100: ("64", "16")}
+    small = ("64", "8")  # 720 steps of 64 at speed 1
+    assert pixels == {1e-4: ("128", "16"), 0.4: small, 1: small, 2: ("64", "16"), 100: ("64", "16")}
 
 
 def test_small_pictures_are_not_blown_up_and_few_are_not_seen_for_ever(photos, monkeypatch):
