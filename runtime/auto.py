@@ -29,8 +29,8 @@ from runtime.some_classes import SomeClasses
 
 # The first row that fits the pictures and that sees enough of them in the time; else the last that fits. 128 x 8 is
 # Nano; 192 x 7 the model in assets/, at its rate. Rows of 32 are for pictures below 64 pixels. 90,000 images seen are
-# those of the emoji's recipe. With 30,000, patches of 8 had a lower loss than larger ones in the same time
-# (docs/measurements.md, "Photographs").
+# those of the emoji's recipe. After 34,000, patches of 8 had the loss at which those of 16 ended in more time, and
+# after 44,000 a lower one (docs/measurements.md, "Photographs").
 Row = NamedTuple(
     "Row", [(n, float) for n in ("pictures", "resolution", "tokens", "hidden_size", "depth", "lr", "seen")]
 )
