@@ -204,7 +204,7 @@ def _shuffled(seed, epoch, length):
 class TrainingSamples(torch.utils.data.Dataset):
     """Sample number k of a run, for any k: the picture and every random number that training on it needs.
 
-    [k] -> dict of image uint8 (3, H, W), its class y (), noise float32 (3, H, W), time t (), u () uniform in [0, 1)
+    [k] -> dict of image uint8 (3, H, W), class or caption y, noise float32 (3, H, W), time t (), u () uniform in [0, 1)
     to decide whether the label is dropped, and index () in the data set. Epoch follows epoch without a gap, each in an
     order of its own.
     """

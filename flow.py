@@ -72,8 +72,8 @@ def shift_time(t, shift):
 def sample_time(n, shift=1.0, generator=None):
     """n training times: sigmoid of a standard normal (logit-normal), then `shift_time`. Shape (n), in (0, 1).
 
-    Dense in the middle, where the velocity is hardest to tell: near t = 0 the mean of the data is a good guess at the
-    image, near t = 1 the image is in plain sight.
+    Dense in the middle, as in Stable Diffusion 3 (arXiv 2403.03206). At both ends most of the loss cannot be learned
+    away: near t = 0 nothing shows which image it will be, near t = 1 the noise is too weak to be seen.
     """
     return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
 

@@ -1,10 +1,10 @@
-"""PixNerd: a diffusion transformer on pixels (paper section 3; Eq. 5 and 6 for the trunk, 9 to 11 for the decoder).
+"""PixNerd: a diffusion transformer on pixels (paper section 3; Eq. 5 for the trunk, 6 for the linear decoder).
 
-    noisy image (B, C, H, W) -> patches -> tokens (B, L, D) -> blocks, told time and class -> tokens (B, L, D)
+    noisy image (B, C, H, W) -> patches -> tokens (B, L, D) -> blocks, conditioned on time and class -> tokens (B, L, D)
                               -> each token decodes its patch by a neural field -> velocity (B, C, H, W)
 
 Letters, with one meaning from top to bottom: B batch, C=3 colours, H and W image, P patch side, L = (H/P)(W/P)
-tokens, D width, Nh heads, Dh = D/Nh head width, M hidden width of the SwiGLU, P2 = P*P.
+tokens, D width, Nh heads, Dh = D/Nh head width, m hidden width of the SwiGLU, P2 = P*P.
 In text_model.py: the paper's text-to-image model, in which text tokens take the place of the class.
 """
 
@@ -66,7 +66,7 @@ class PixNerdConfig:
         if not grid and (height < 1 or width < 1 or height % P or width % P):
             raise ValueError(f"an image of {height}x{width} pixels cannot be cut into patches of {P}")
         rows, columns = grid or (height // P, width // P)
-        if height % rows or width % columns:
+        if min(rows, columns) < 1 or height % rows or width % columns:
             raise ValueError(f"{rows}x{columns} tokens cannot share an image of {height}x{width} pixels equally")
         return rows, columns
 
@@ -146,13 +146,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        inner = int(2 * 4 * width / 3)  # M
+        inner = int(2 * 4 * width / 3)  # m
         self.w1 = nn.Linear(width, inner, bias=False)
         self.w3 = nn.Linear(width, inner, bias=False)
         self.w2 = nn.Linear(inner, width, bias=False)
 
     def forward(self, h):
-        return self.w2(F.silu(self.w1(h)) * self.w3(h))  # (B, L, M) -> (B, L, D)
+        return self.w2(F.silu(self.w1(h)) * self.w3(h))  # (B, L, m) -> (B, L, D)
 
 
 class Block(nn.Module):
@@ -180,7 +180,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        # Frequencies fall from 1 to 1/10, not to 1/10,000 as in DiT, where t counts to 1,000 (released model).
+        # As released, frequencies fall from 1 to 1/10. DiT's fall to 1/10,000, since its t counts to 1,000.
         freqs = torch.exp(-math.log(10) * torch.arange(128, device="cpu") / 128)  # (128)
         self.register_buffer("freqs", freqs, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -271,7 +271,7 @@ class PixNerd(nn.Module):
         if self.config.decoder == "linear":
             v = self.call(self.decoder, h, c).unflatten(-1, (C, P * P))  # (B, L, C, P2)
         else:
-            # The class is not added again: with c it has told every block (released model).
+            # As released: time is added once more, the class is not. The paper's Eq. 9 has SiLU(h) alone.
             s = F.silu(t_emb.unsqueeze(1) + h).flatten(0, 1)  # (B*L, D)
             rgb = patchify(x, height, width).flatten(0, 1).transpose(1, 2)  # (B*L, P2, C)
             v = self.call(self.decoder, rgb, s, height, width)  # (B*L, P2, C)
@@ -282,7 +282,7 @@ class PixNerd(nn.Module):
         return v if features_at is None else (v, features)
 
     def null(self, y):
-        """The condition that asks for nothing, for classifier-free guidance: y's shape, all "no class"."""
+        """The null condition of classifier-free guidance: y's shape, all "no class"."""
         return torch.full_like(y, self.config.num_classes)  # (B)
 
     def compile_blocks(self):

@@ -4,7 +4,7 @@ A latent diffusion transformer decodes each token with one linear layer. In pixe
 16 x 16 x 3 = 768 numbers at once. PixNerd instead lets every token *write the weights of a small MLP*. That MLP is
 then run once per pixel of the token's patch:
 
-    last hidden state of patch n  --Linear-->  {W1, W2} of patch n                            (Eq. 9)
+    last hidden state of patch n  --SiLU, Linear-->  {W1, W2} of patch n                      (Eq. 9)
     (noisy colour of pixel i,j ; encoding of i,j)  --MLP with those weights-->  velocity      (Eq. 10, 11)
 
 So the decoder is a function of continuous coordinates, different in every patch and defined at any pixel density.
@@ -24,7 +24,7 @@ FIELD_NORMS = ("none", "first", "both", "output")  # paper section 4.2: each one
 
 
 def dct_encoding(height, width, num_freqs=8):
-    """Coordinates as products of cosines, Eq. 12: the 2-D DCT basis, high frequencies damped by 1 / (1 + fx fy).
+    """Coordinates as products of cosines, Eq. 12: the 2-D DCT basis, diagonal ones damped by 1 / (1 + fx fy).
 
     The pixels of a `height` x `width` patch, row by row, against F*F features (feature ix * F + iy), F = `num_freqs`:
     float32 (height*width, F*F), values in [-1, 1]. Coordinates run over [0, 1], both ends included, so another height
@@ -75,7 +75,7 @@ class FieldBlock(nn.Module):
         self.to_weights = nn.Linear(hidden_size, 2 * self.width * self.inner)
 
     def weights(self, s):
-        """Eq. 9: the matrices that tokens s (N, D) write: W1 (N, Dp, r*Dp) and W2 (N, r*Dp, Dp), normalised."""
+        """Eq. 9, from s = SiLU(time + h) (N, D), see model.py: W1 (N, Dp, r*Dp), W2 (N, r*Dp, Dp), normalised."""
         w1, w2 = self.to_weights(s).chunk(2, dim=-1)  # (N, Dp*r*Dp) each
         w1 = w1.unflatten(-1, (self.width, self.inner))  # (N, Dp, r*Dp)
         w2 = w2.unflatten(-1, (self.inner, self.width))  # (N, r*Dp, Dp)
@@ -112,7 +112,7 @@ class NeuralField(nn.Module):
         self.blocks = nn.ModuleList(FieldBlock(hidden_size, width, ratio, norm) for _ in range(depth))
         self.norm = RMSNorm(width) if norm == "output" else nn.Identity()
         self.output = nn.Linear(width, 3)
-        nn.init.zeros_(self.output.weight)  # the untrained model predicts velocity 0, the mean of the target
+        nn.init.zeros_(self.output.weight)  # so that training starts from velocity 0, as released
         nn.init.zeros_(self.output.bias)
 
     def encode(self, height, width):

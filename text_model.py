@@ -75,7 +75,7 @@ PRESETS = {"Nano": TextPixNerdConfig(**TEXT_NANO), "XXL": TextPixNerdConfig()}
 
 
 class TextAttention(Attention):
-    """Self-attention of the text. Without the rotary embedding: where a word stands, a learned vector has said."""
+    """Self-attention of the text, without the rotary embedding: learned positions have been added to the tokens."""
 
     def forward(self, y):
         qkv = self.qkv(y).unflatten(-1, (3, self.num_heads, -1))  # (B, M, 3, Nh, Dh)
@@ -184,7 +184,7 @@ class TextPixNerd(nn.Module):
         return v if features_at is None else (v, features)
 
     def null(self, y):
-        """The condition that asks for nothing, for classifier-free guidance: y's shape, the empty text in each row."""
+        """The null condition of classifier-free guidance: y's shape, the empty text in each row."""
         return self.null_features.to(y.dtype).expand_as(y)  # (B, M, E)
 
     def compile_blocks(self):

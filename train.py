@@ -106,7 +106,7 @@ def update(student, ema, optimizers, gauges, step, lr, decay, clip=0.0):
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if clip:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    broken = gauges.broken(step, norm)  # 1 from the first number on that is not finite, on any rank
+    broken = gauges.broken(step, norm)  # 1 once a loss or gradient was not finite, on any rank
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
